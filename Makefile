@@ -1,0 +1,119 @@
+# The verbs that people and CI share. `make help` lists them.
+#
+# One virtual environment, made once: each stamp in it depends on the files it was installed from, so a second
+# run of any verb installs nothing. `serve` needs the runtime half only; `test`, `check` and `bench` add the rest.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# An NVIDIA driver decides which build of torch is installed; TORCH_BUILD=cpu or =cuda overrules it.
+TORCH_BUILD ?= $(shell if [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null 2>&1; then echo cuda; else echo cpu; fi)
+UV_VERSION := 0.13.9
+
+BIN := $(VENV)/bin
+# --no-deps everywhere: the locks are complete. -qq leaves errors only.
+INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --root-user-action=ignore --no-deps
+CREATED := $(VENV)/.created
+TORCH := $(VENV)/.torch-$(TORCH_BUILD)
+RUNTIME := $(VENV)/.runtime
+DEV := $(VENV)/.dev
+
+.PHONY: help
+help:  ## List the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+.PHONY: serve
+serve: $(RUNTIME)  ## Serve the embedded Gemma 3 270M; options: make serve ARGS="--port 8123"
+	@$(BIN)/gemma-server serve $(ARGS)
+
+.PHONY: test
+test: $(DEV)  ## Run all tests but the slow ones; options: make test ARGS="-k tokenizer"
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(DEV)  ## Run the slow tests
+	@$(BIN)/python -m pytest -m "slow and not gpu and not network" $(ARGS)
+
+.PHONY: check
+check: $(DEV)  ## Format, lint, types, layout and import direction
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+.PHONY: fix
+fix: $(DEV)  ## Format, and fix what the linter can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: bench
+bench: $(DEV)  ## Serve the embedded model and print the load generator's table; results in benchmarks/results/
+	@$(BIN)/python -m benchmarks.run $(ARGS)
+
+.PHONY: docs
+docs: $(DEV)  ## Write docs/options.md from the declaration of the options
+	@$(BIN)/python -m tools.gen_options
+
+.PHONY: setup
+setup: $(DEV)  ## Make the environment for development, and the git hook
+	@$(BIN)/pre-commit install
+
+.PHONY: lock
+lock: $(VENV)/.uv  ## Resolve requirements/*.lock anew (UPGRADE=--upgrade takes newer releases)
+	$(LOCK) --universal --override requirements/no-torch.txt --extra embedded \
+	    pyproject.toml requirements/torch-deps.in -o requirements/runtime.lock
+	$(LOCK) --universal --override requirements/no-torch.txt --extra dev -c requirements/runtime.lock \
+	    pyproject.toml requirements/torch-deps.in -o requirements/dev.lock
+	$(LOCK) --python-platform x86_64-manylinux_2_28 -c requirements/runtime.lock $(CARRIED_BY_RUNTIME:%=--no-emit-package %) \
+	    requirements/torch-cuda.in -o requirements/torch-cuda.lock
+
+UPGRADE ?=
+LOCK = $(VENV)/uv/bin/uv pip compile --quiet --python-version 3.11 --generate-hashes --custom-compile-command "make lock" $(UPGRADE)
+CARRIED_BY_RUNTIME := filelock fsspec jinja2 markupsafe mpmath networkx setuptools sympy typing-extensions
+
+.PHONY: clean
+clean:  ## Remove the environment, caches and build products
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+# --- the environment ---------------------------------------------------------------------------------------
+
+$(CREATED):
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "gemma-server needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d: name another with PYTHON=python3.12" % v)'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv" >&2; exit 1; }
+	@echo "Making the environment $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.torch-cpu: requirements/torch-cpu.txt $(CREATED)
+	@echo "Installing the CPU build of torch (once, about 200 MB)"
+	@# A build that pip is already configured to find (find-links, a mirror) saves the trip to TORCH_INDEX.
+	@$(INSTALL) -r requirements/torch-cpu.txt 2>/dev/null || $(INSTALL) --index-url $(TORCH_INDEX) -r requirements/torch-cpu.txt
+	@rm -f $(VENV)/.torch-*
+	@touch $@
+
+$(VENV)/.torch-cuda: requirements/torch-cuda.lock $(CREATED)
+	@echo "Installing the CUDA build of torch (once, about 3 GB)"
+	@$(INSTALL) --require-hashes -r requirements/torch-cuda.lock
+	@rm -f $(VENV)/.torch-*
+	@touch $@
+
+$(RUNTIME): requirements/runtime.lock pyproject.toml $(TORCH)
+	@echo "Installing the server and the embedded model (once, about 300 MB)"
+	@$(INSTALL) --require-hashes -r requirements/runtime.lock
+	@$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+$(DEV): requirements/dev.lock $(RUNTIME)
+	@echo "Installing the development tools (once)"
+	@$(INSTALL) --require-hashes -r requirements/dev.lock
+	@touch $@
+
+$(VENV)/.uv: $(CREATED) Makefile
+	@$(PYTHON) -m venv $(VENV)/uv
+	@$(VENV)/uv/bin/python -m pip install --quiet --root-user-action=ignore uv==$(UV_VERSION)
+	@touch $@

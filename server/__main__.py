@@ -1,0 +1,82 @@
+"""The command line: `gemma-server serve [options]`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from server import __version__
+from server.config import OptionError, load_config
+
+EXIT_BAD_USAGE = 2
+EXIT_BAD_CONFIG = 78
+"""sysexits.h EX_CONFIG: starting again with the same options would fail again."""
+
+USAGE = """\
+usage: gemma-server COMMAND [options]
+
+commands:
+  serve      serve a Gemma model over the OpenAI API
+  version    print the version
+
+`gemma-server COMMAND --help` lists a command's options."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    run = COMMANDS.get(command)
+    if run is None:
+        print(f"gemma-server: no command {command!r}\n\n{USAGE}", file=sys.stderr)
+        return EXIT_BAD_USAGE
+    return run(arguments[1:])
+
+
+def serve(arguments: Sequence[str]) -> int:
+    try:
+        config = load_config(arguments)
+    except OptionError as error:
+        print(f"gemma-server: {error}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+
+    import uvicorn  # after the options are known to be good: `--help` and mistakes answer at once
+
+    from server.app import create_app
+    from server.frontend.process_client import ProcessClient
+    from server.runtime import Runtime
+
+    runtime = Runtime(config, ProcessClient(config.log_level))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(runtime),
+            host=config.host,
+            port=config.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=round(config.shutdown_timeout),
+        )
+    )
+
+    def end() -> None:
+        server.should_exit = True
+
+    runtime.on_failure = end
+    server.run()
+    return runtime.exit_code
+
+
+def version(arguments: Sequence[str]) -> int:
+    print(__version__)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "version": version}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""What becomes of body fields that the server does not act on: each is refused or named, never just dropped.
+
+- A field that would change the answer's meaning is refused, unless its value asks for nothing.
+- OpenAI's and vLLM's fields that change nothing here are accepted, and named.
+- Any other field is named, too, or refused in strict mode.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from urllib.parse import quote
+
+from pydantic import BaseModel
+
+from server.errors import InvalidRequestError, shown
+
+logger = logging.getLogger(__name__)
+
+HEADER = "x-ignored-fields"
+MOST_NAMED = 32
+LONGEST_NAME = 64
+
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    # field: values beside null that ask for nothing
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "tool_calls": ([],),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": ({},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json_object": (False,),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "grammar": (),
+    "suffix": ("",),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "prompt_embeds": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (),
+    "echo": (False,),
+    "use_beam_search": (False,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "logit_processors": ([],),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "logprob_token_ids": ([],),
+    "skip_special_tokens": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "stop_regex": (),
+    "lora": ([],),
+    "lora_path": (),
+    "lora_request": (),
+}
+"""A field that a request class declares is never looked up here: `echo` of a completion is its own."""
+
+_INERT = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "parallel_tool_calls",
+        "prediction",
+        "reasoning_effort",
+        "verbosity",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "moderation",
+        "name",
+        "refusal",
+        "annotations",
+        "include_obfuscation",
+        "priority",
+        "request_id",
+        "stream_interval",
+        "spaces_between_special_tokens",
+        "detokenize",
+        "length_penalty",
+        "early_stopping",
+        "include_reasoning",
+    }
+)
+
+
+def ignored_fields(body: BaseModel, *, strict: bool) -> list[str]:
+    """The fields of `body` that have no effect, sorted, once each; `messages[].name` stands for any message's.
+
+    Raises InvalidRequestError for a field that would change the answer and, if `strict`, for an unknown one.
+    """
+    found = set()
+    for path, name, value in _extra_fields(body, ""):
+        if name in _UNSUPPORTED:
+            if value is not None and value not in _UNSUPPORTED[name]:
+                raise InvalidRequestError(
+                    f"'{path}' is not supported by this server (got {shown(value)}).",
+                    param=path,
+                    code="unsupported_parameter",
+                )
+        elif name in _INERT:
+            if value is not None:
+                found.add(path)
+        elif strict:
+            raise InvalidRequestError(f"'{path}' is not a known field.", param=path, code="unknown_parameter")
+        else:
+            found.add(path)
+    if found:
+        logger.info("ignored fields: %s", header_value(found))
+    return sorted(found)
+
+
+def header_value(names: Iterable[str]) -> str:
+    """`names` in a form that is safe in a header and in a log, whatever the client called its fields."""
+    names = sorted(names)
+    safe = [quote(name[:LONGEST_NAME], safe="[]._-", errors="replace") for name in names[:MOST_NAMED]]
+    return ", ".join(safe) + (f", and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+
+
+def _extra_fields(body: BaseModel, prefix: str) -> Iterator[tuple[str, str, object]]:
+    """(path, name, value) of each undeclared field of `body` and of the objects in it."""
+    for name, value in (body.model_extra or {}).items():
+        yield prefix + name[: 2 * LONGEST_NAME], name, value
+    for name in body.model_fields_set:
+        value = getattr(body, name, None)
+        if isinstance(value, BaseModel):
+            yield from _extra_fields(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            for item in value:
+                if not isinstance(item, BaseModel):
+                    break
+                yield from _extra_fields(item, f"{prefix}{name}[].")

@@ -1,0 +1,101 @@
+"""Streams of server-sent events.
+
+What a client sees: `data: {chunk}` events, comments (`: ping`) when nothing else is to say, and `data: [DONE]`
+at the end. If generation fails after the stream began, the last event before `[DONE]` is
+`data: {"error": {...}}`, which OpenAI's libraries raise as an exception.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import SendTimeoutError
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
+
+from server.api.responses import encode
+from server.config import ServerConfig
+from server.errors import ApiError, InternalError
+from server.frontend.generation import Generation
+from server.metrics import HttpMetrics
+
+logger = logging.getLogger(__name__)
+# It would log every chunk at `debug`: prompts and answers do not belong in a log.
+logging.getLogger("sse_starlette").setLevel(logging.INFO)
+
+SEND_TIMEOUT_SECONDS = 60.0
+"""A client that reads nothing for so long has left."""
+
+DONE = b"data: [DONE]\n\n"
+
+
+class GenerationStream(EventSourceResponse):
+    """Sends `chunks`, which read `generation`. Laws:
+
+    - Whatever ends the response (the end, a client that left, a shutdown), the generation has ended with it.
+    - Nothing that goes wrong behind the first event is raised: the status is sent, so the stream must tell it.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        generation: Generation,
+        chunks: AsyncGenerator[object, None],
+        *,
+        config: ServerConfig,
+        metrics: HttpMetrics,
+        headers: dict[str, str],
+    ) -> None:
+        self._request = request
+        self._generation = generation
+        self._metrics = metrics
+        self._is_complete = False
+        self._frames = self._frame(chunks)
+        super().__init__(
+            self._frames,
+            headers={"cache-control": "no-cache", **headers},
+            ping=config.sse_keep_alive_interval,
+            ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
+            send_timeout=SEND_TIMEOUT_SECONDS,
+            client_close_handler_callable=self._on_close,
+            # Without it the library would cut every stream as soon as the server is told to end.
+            shutdown_grace_period=config.shutdown_timeout,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._metrics.open_streams.inc()
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            self._client_left()
+            raise  # so that the server closes the connection
+        finally:
+            self._metrics.open_streams.dec()
+            await self._frames.aclose()
+            self._generation.release()
+
+    async def _frame(self, chunks: AsyncGenerator[object, None]) -> AsyncGenerator[bytes, None]:
+        try:
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield b"data: " + encode(chunk) + b"\n\n"
+        except ApiError as error:
+            yield b"data: " + encode(error.body()) + b"\n\n"
+        except Exception:  # the status is sent: the stream itself must say that it failed
+            request_id: str = self._request.state.request_id
+            logger.exception("request %s failed while streaming", request_id)
+            yield b"data: " + encode(InternalError(request_id).body()) + b"\n\n"
+        self._is_complete = True
+        yield DONE
+
+    async def _on_close(self, message: Message) -> None:
+        # The server says "disconnect" after a complete answer, too.
+        if not self._is_complete:
+            self._client_left()
+
+    def _client_left(self) -> None:
+        self._request.state.client_left = True
+        self._metrics.disconnects.inc()

@@ -1,0 +1,49 @@
+"""POST /tokenize, POST /detokenize, as vLLM has them."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from server.api.body import read_object, validate
+from server.api.openapi import body_of
+from server.api.prompts import chat_token_ids, text_token_ids
+from server.api.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
+from server.api.responses import Text, Tokens, json_response
+from server.api.serving import ignored_headers, read_body, runtime_of, served_model
+from server.frontend.admission import check_token_ids
+
+router = APIRouter()
+
+
+@router.post(
+    "/tokenize",
+    summary="The token ids of a text or a conversation",
+    openapi_extra=body_of(TokenizeCompletionRequest, TokenizeChatRequest, answer=Tokens),
+)
+async def tokenize(request: Request) -> Response:
+    runtime = runtime_of(request)
+    value = await read_object(request, runtime.config.max_body_bytes)
+    body: TokenizeChatRequest | TokenizeCompletionRequest
+    if "messages" in value:
+        body = validate(TokenizeChatRequest, value)
+    else:
+        body = validate(TokenizeCompletionRequest, value)
+    headers = ignored_headers(body, strict=runtime.config.strict)
+    model = served_model(runtime, body.model)
+    if isinstance(body, TokenizeChatRequest):
+        ids = await chat_token_ids(body.messages, model, add_generation_prompt=body.add_generation_prompt)
+    else:
+        ids = await text_token_ids(body.prompt, model, add_bos=body.add_special_tokens)
+    strings = [model.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
+    return json_response(Tokens(len(ids), model.info.max_model_len, ids, strings), headers=headers)
+
+
+@router.post(
+    "/detokenize", summary="The text of token ids", openapi_extra=body_of(DetokenizeRequest, answer=Text)
+)
+async def detokenize(request: Request) -> Response:
+    body, headers = await read_body(request, DetokenizeRequest)
+    model = served_model(runtime_of(request), body.model)
+    if body.tokens:
+        check_token_ids(body.tokens, model.info, "tokens")
+    return json_response(Text(model.tokenizer.decode(body.tokens, skip_special_tokens=False)), headers=headers)

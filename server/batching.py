@@ -1,0 +1,337 @@
+"""Continuous batching: which tokens of which sequences the next step computes.
+
+There is no prefill or decode phase. Each sequence has `num_computed` chase `num_tokens`, and a step computes
+any mix of single tokens and prompt chunks. Laws:
+
+1. A step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` sequences.
+2. Sequences with one token to go come before chunks, so that a long prompt never stalls a running stream.
+   Within both kinds, and among the waiting, the first to arrive comes first; nobody overtakes the queue's head.
+3. Memory that runs out is taken from one of the later arrivals, which is recomputed: its tokens stay, its
+   blocks go. The oldest running sequence is never preempted, so every step gets something done.
+4. Each sequence added leaves once, by a terminal output of `update` or by `abort`, and its blocks go free.
+5. Pure policy: no tensors, no I/O, and the time only for stamping sequences.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import insort
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from server.engine.sequence import Sequence, SequenceStatus
+from server.engine.types import FinishReason, SequenceOutput
+
+if TYPE_CHECKING:
+    from server.engine.sampling.types import SampledToken
+
+SPARE_FOR_RUNNING = 0.01
+"""Share of each pool that admissions leave free, lest the growth of what runs preempts them at once."""
+
+
+class NeverFitsError(ValueError):
+    """The sequence could not be computed even with the whole server to itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """Positions start .. start + num_new - 1 of one sequence."""
+
+    seq: Sequence
+    start: int
+    num_new: int
+    samples: bool
+    """Whether they reach the end of what is known, so that a token is sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """One step's work. Sequences with one token come first."""
+
+    sequences: tuple[ScheduledSequence, ...]
+    preempted: tuple[Sequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(scheduled.num_new for scheduled in self.sequences)
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    max_num_seqs: int
+    """Sequences that run at a time."""
+    max_num_batched_tokens: int
+    """Tokens in one step; at least `max_num_seqs`, so that nobody's single token has to wait."""
+    max_model_len: int
+    """Prompt plus generated tokens of one sequence."""
+    long_prefill_threshold: int
+    """Tokens of one sequence in one step, so that a long prompt leaves room for others."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least"
+                f" max_num_seqs ({self.max_num_seqs})"
+            )
+
+
+@dataclass(slots=True)
+class StepCounts:
+    """What happened since the counts were last taken."""
+
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    """Prompt tokens of newly admitted sequences that may use the prefix cache."""
+    prefix_cache_hits: int = 0
+    """Those of them that were found there."""
+
+
+class KVCache(Protocol):
+    """What the scheduler asks of `kv_cache.manager.KVCacheManager`."""
+
+    def max_sequence_tokens(self) -> int: ...
+    def has_room(self, seq: Sequence, num_cached: int, spare: float) -> bool: ...
+    def usage(self) -> dict[str, float]: ...
+    def uses_prefix_cache(self, seq: Sequence) -> bool: ...
+    def find_cached_prefix(self, seq: Sequence) -> int: ...
+    def allocate(self, seq: Sequence, num_cached: int, num_new: int) -> bool: ...
+    def commit(self, seq: Sequence) -> None: ...
+    def free(self, seq: Sequence) -> None: ...
+    def discard(self, seq: Sequence) -> None: ...
+
+
+class Scheduler:
+    """Alternate `schedule` and `update`; `add` and `abort` may come at any time between calls."""
+
+    def __init__(self, config: SchedulerConfig, kv: KVCache, clock: Callable[[], float]) -> None:
+        """`clock` gives monotonic seconds, for `Sequence.scheduled_at`."""
+        self._config = config
+        self._kv = kv
+        self._clock = clock
+        self._max_sequence_tokens = min(config.max_model_len, kv.max_sequence_tokens())
+        self._sequences: dict[str, Sequence] = {}
+        """All that live, by request id."""
+        self._ranks: dict[Sequence, int] = {}
+        """Their order of arrival, in which the two lists are kept."""
+        self._next_rank = itertools.count()
+        self._running: list[Sequence] = []
+        self._waiting: list[Sequence] = []
+        self._failed: list[SequenceOutput] = []
+        """Ends that `schedule` decided; `update` hands them out."""
+        self._counts = StepCounts()
+
+    # --- the queue ----------------------------------------------------------------------------------------
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence. Raises NeverFitsError, or ValueError for an id that is in use."""
+        limit = self._max_sequence_tokens
+        if seq.num_tokens == 0 or seq.num_tokens + 1 > limit:
+            raise NeverFitsError(
+                f"the prompt has {seq.num_tokens} tokens, which must be 1 to {limit - 1}: prompt and generated"
+                f" tokens are limited to {limit}, by max_model_len ({self._config.max_model_len}) and by"
+                f" the size of the KV cache ({self._kv.max_sequence_tokens()})"
+            )
+        if seq.request_id in self._sequences:
+            raise ValueError(f"request id {seq.request_id!r} is in use")
+        self._sequences[seq.request_id] = seq
+        self._ranks[seq] = next(self._next_rank)
+        self._waiting.append(seq)
+
+    def abort(self, request_id: str) -> Sequence | None:
+        """End a sequence, wherever it is; its blocks are free at once. None if no such sequence lives."""
+        seq = self._sequences.get(request_id)
+        if seq is not None:
+            self._retire(seq, FinishReason.ABORT)
+        return seq
+
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._sequences or self._failed)
+
+    @property
+    def sequences(self) -> Collection[Sequence]:
+        """All that live, in order of arrival."""
+        return self._sequences.values()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def kv_usage(self) -> dict[str, float]:
+        """Share of each KV pool that live sequences hold, by name."""
+        return self._kv.usage()
+
+    def take_counts(self) -> StepCounts:
+        counts, self._counts = self._counts, StepCounts()
+        return counts
+
+    # --- planning a step ----------------------------------------------------------------------------------
+
+    def schedule(self) -> ScheduledBatch:
+        """Plan a step and take the KV blocks for it. `update` must follow, even if nothing is planned."""
+        plan: dict[Sequence, ScheduledSequence] = {}
+        preempted: list[Sequence] = []
+        budget = self._config.max_num_batched_tokens
+        for seq in sorted(self._running, key=lambda seq: seq.num_tokens - seq.num_computed > 1):
+            if budget == 0:
+                break
+            if seq.status is not SequenceStatus.RUNNING:  # gave way to one before it
+                continue
+            num_new = self._chunk(seq, seq.num_computed, budget)
+            while not self._kv.allocate(seq, 0, num_new):
+                victim = self._preempt_one()
+                if victim is None:
+                    self._fail(seq)
+                    break
+                preempted.append(victim)
+                if victim in plan:
+                    budget += plan.pop(victim).num_new
+                if victim is seq:
+                    break
+            else:
+                plan[seq] = _scheduled(seq, num_new)
+                budget -= num_new
+        if not preempted:
+            self._admit(plan, budget)
+        return ScheduledBatch(tuple(plan.values()), tuple(preempted))
+
+    def _admit(self, plan: dict[Sequence, ScheduledSequence], budget: int) -> None:
+        while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
+            seq = self._waiting[0]
+            num_cached = self._kv.find_cached_prefix(seq)
+            if self._running and not self._kv.has_room(seq, num_cached, SPARE_FOR_RUNNING):
+                break
+            num_new = self._chunk(seq, num_cached, budget)
+            if not self._kv.allocate(seq, num_cached, num_new):
+                if self._running:
+                    break
+                self._fail(seq)
+                continue
+            del self._waiting[0]
+            insort(self._running, seq, key=self._ranks.__getitem__)
+            seq.status = SequenceStatus.RUNNING
+            seq.num_computed = num_cached
+            if seq.num_preemptions == 0:
+                self._note_first_admission(seq, num_cached)
+            plan[seq] = _scheduled(seq, num_new)
+            budget -= num_new
+
+    def _chunk(self, seq: Sequence, start: int, budget: int) -> int:
+        return min(seq.num_tokens - start, budget, self._config.long_prefill_threshold)
+
+    def _preempt_one(self) -> Sequence | None:
+        """Send one of the later arrived half of the running back to the queue; None if only one runs.
+
+        Of that half, the one with the fewest computed tokens costs least to compute again.
+        """
+        if len(self._running) == 1:
+            return None
+        later_half = self._running[(len(self._running) + 1) // 2 :]
+        victim = min(reversed(later_half), key=lambda seq: seq.num_computed)
+        self._kv.free(victim)
+        self._running.remove(victim)
+        insort(self._waiting, victim, key=self._ranks.__getitem__)
+        victim.status = SequenceStatus.WAITING
+        victim.num_computed = 0
+        victim.num_preemptions += 1
+        victim.prompt_logprobs = []  # they grow again with the prompt's rows
+        self._counts.num_preemptions += 1
+        return victim
+
+    def _note_first_admission(self, seq: Sequence, num_cached: int) -> None:
+        seq.scheduled_at = self._clock()
+        seq.num_cached_tokens = num_cached
+        if self._kv.uses_prefix_cache(seq):
+            self._counts.prefix_cache_queries += seq.num_tokens
+            self._counts.prefix_cache_hits += num_cached
+
+    # --- taking a step's results in -----------------------------------------------------------------------
+
+    def update(self, batch: ScheduledBatch, sampled: list[SampledToken]) -> list[SequenceOutput]:
+        """Advance the batch's sequences after the forward pass, and end those that are done.
+
+        `sampled` has one entry for each scheduled sequence that samples, in order; ValueError otherwise.
+        Sequences that were aborted since `schedule` are passed over.
+        """
+        outputs, self._failed = self._failed, []
+        tokens = iter(sampled)
+        if len(sampled) != sum(scheduled.samples for scheduled in batch.sequences):
+            raise ValueError(f"{len(sampled)} sampled tokens do not match the batch")
+        for scheduled in batch.sequences:
+            seq = scheduled.seq
+            token = next(tokens) if scheduled.samples else None
+            if seq.status is SequenceStatus.FINISHED:
+                continue
+            if token is not None and token.error is not None:
+                self._kv.discard(seq)  # a bad row can come from bad entries, which must not be handed on
+                outputs.append(self._end(seq, FinishReason.ERROR, error=token.error))
+                continue
+            seq.num_computed = scheduled.start + scheduled.num_new
+            self._kv.commit(seq)
+            if token is not None:
+                outputs.append(self._append(seq, token))
+        return outputs
+
+    def _append(self, seq: Sequence, token: SampledToken) -> SequenceOutput:
+        seq.token_ids.append(token.token_id)
+        reason = self._finish_reason(seq)
+        if reason is not None:
+            self._retire(seq, reason)
+        is_first = seq.num_generated == 1
+        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, []
+        return SequenceOutput(
+            request_id=seq.request_id,
+            token_ids=[token.token_id],
+            logprobs=None if token.logprob is None else [token.logprob],
+            prompt_logprobs=prompt_logprobs if is_first and seq.params.prompt_logprobs is not None else None,
+            finish_reason=reason,
+            stop_token_id=token.token_id if reason is FinishReason.STOP else None,
+            num_cached_tokens=seq.num_cached_tokens,
+            scheduled_at=seq.scheduled_at,
+        )
+
+    def _finish_reason(self, seq: Sequence) -> FinishReason | None:
+        params = seq.params
+        if seq.token_ids[-1] in params.stop_token_ids and seq.num_generated >= params.min_tokens:
+            return FinishReason.STOP
+        if seq.num_generated >= params.max_tokens or seq.num_tokens >= self._max_sequence_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    # --- ends ---------------------------------------------------------------------------------------------
+
+    def _fail(self, seq: Sequence) -> None:
+        """Give up on a sequence that the whole cache cannot hold. `add` keeps them out; never hang on a bug."""
+        error = f"the KV cache cannot hold the sequence's {seq.num_tokens} tokens"
+        self._failed.append(self._end(seq, FinishReason.ERROR, error=error))
+
+    def _end(self, seq: Sequence, reason: FinishReason, error: str) -> SequenceOutput:
+        self._retire(seq, reason)
+        return SequenceOutput(
+            request_id=seq.request_id,
+            finish_reason=reason,
+            num_cached_tokens=seq.num_cached_tokens,
+            scheduled_at=seq.scheduled_at,
+            error=error,
+        )
+
+    def _retire(self, seq: Sequence, reason: FinishReason) -> None:
+        """The only way out."""
+        (self._running if seq.status is SequenceStatus.RUNNING else self._waiting).remove(seq)
+        del self._sequences[seq.request_id], self._ranks[seq]
+        seq.status = SequenceStatus.FINISHED
+        seq.finish_reason = reason
+        self._kv.free(seq)
+
+
+def _scheduled(seq: Sequence, num_new: int) -> ScheduledSequence:
+    start = seq.num_computed
+    return ScheduledSequence(seq, start, num_new, samples=start + num_new == seq.num_tokens)

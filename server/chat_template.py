@@ -1,0 +1,163 @@
+"""Chat messages to Gemma's turn format.
+
+The format is that of the official templates of Gemma 1, 2 and 3, which agree on everything they both allow:
+
+    <bos><start_of_turn>user\\nTEXT<end_of_turn>\\n<start_of_turn>model\\nTEXT<end_of_turn>\\n<start_of_turn>model\\n
+
+Laws:
+1. Control tokens come from here alone. A message's text is encoded as text, so nothing typed in it can end its
+   turn or begin another.
+2. Where the official template answers, the rendering is its own (but for law 1). Where it raises or drops text,
+   the rules of `render_chat` apply, and `RenderedChat.notes` says what was done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from server.tokenizer import BOS, END_OF_TURN, START_OF_TURN, Tokenizer
+
+ALLOWED_ROLES = ("system", "developer", "user", "assistant")
+
+_PARAGRAPH = "\n\n"
+
+
+class ChatTemplateError(ValueError):
+    """The messages cannot be rendered. `param` names the offending field, or is None if none is at fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    role: str
+    """One of ALLOWED_ROLES."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ControlToken:
+    id: int
+    piece: str
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    segments: tuple[ControlToken | str, ...]
+    """Control tokens and, between them, texts; no two texts are neighbours."""
+    notes: tuple[str, ...]
+    """What was folded or merged, in sentences for people."""
+
+    @property
+    def text(self) -> str:
+        """The prompt as one string. Encoding this string instead of the segments would break law 1."""
+        return "".join(segment if isinstance(segment, str) else segment.piece for segment in self.segments)
+
+    def token_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """The prompt's ids, `<bos>` included. Raises InvalidTextError."""
+        ids: list[int] = []
+        for segment in self.segments:
+            if isinstance(segment, str):
+                ids += tokenizer.encode_text(segment)
+            else:
+                ids.append(segment.id)
+        return ids
+
+
+def render_chat(
+    messages: Sequence[ChatMessage], tokenizer: Tokenizer, add_generation_prompt: bool = True
+) -> RenderedChat:
+    """Render a conversation, with the beginning of the model's answer if `add_generation_prompt`.
+
+    - Gemma has no system role: system and developer texts, joined by an empty line, precede the text of the
+      next user message; where none follows they are a user turn of their own.
+    - Neighbouring turns of one role become one turn, joined by an empty line.
+    - The conversation may begin with an assistant message.
+    - Texts are trimmed, but for system texts that precede a user's, as in the official Gemma 3 template.
+
+    Raises ChatTemplateError for an empty list, an unknown role, or a tokenizer without turn tokens.
+    """
+    bos, start, end = _control_tokens(tokenizer)
+    turns, notes = _turns(messages)
+    segments: list[ControlToken | str] = [bos]
+    for turn in turns:
+        segments += [start, f"{turn.role}\n{turn.text}", end, "\n"]
+    if add_generation_prompt:
+        segments += [start, "model\n"]
+    return RenderedChat(tuple(segments), tuple(notes))
+
+
+def join_text_parts(texts: Iterable[str]) -> str:
+    """The text of a message whose content is a list of text parts, as the official Gemma 3 template joins them:
+    each trimmed, nothing between them."""
+    return "".join(text.strip() for text in texts)
+
+
+@dataclass(slots=True)
+class _Turn:
+    role: Literal["user", "model"]
+    text: str
+    first_index: int
+    """Of the message that began it."""
+
+
+def _turns(messages: Sequence[ChatMessage]) -> tuple[list[_Turn], list[str]]:
+    if not messages:
+        raise ChatTemplateError("messages must hold at least one message, not 0", param="messages")
+    turns: list[_Turn] = []
+    notes: list[str] = []
+    instructions: list[tuple[int, ChatMessage]] = []  # system texts that wait for a user's message
+
+    def append(role: Literal["user", "model"], text: str, index: int) -> None:
+        if turns and turns[-1].role == role:
+            turn = turns[-1]
+            turn.text = _PARAGRAPH.join(part for part in (turn.text, text) if part)
+            notes.append(f"messages[{index}] was merged into the {role} turn of messages[{turn.first_index}]")
+        else:
+            turns.append(_Turn(role, text, index))
+
+    for index, message in enumerate(messages):
+        match message.role:
+            case "system" | "developer":
+                instructions.append((index, message))
+            case "user":
+                prefix = "".join(instruction.text + _PARAGRAPH for _, instruction in instructions)
+                notes += [
+                    f"messages[{number}] ({folded.role}) was folded into the user turn of messages[{index}]"
+                    for number, folded in instructions
+                ]
+                instructions.clear()
+                append("user", prefix + message.text.strip(), index)
+            case "assistant":
+                append("model", message.text.strip(), index)
+            case _:
+                raise _role_error(message.role, index)
+    if instructions:
+        notes += [f"messages[{index}] ({message.role}) became a user turn" for index, message in instructions]
+        text = _PARAGRAPH.join(message.text for _, message in instructions).strip()
+        append("user", text, instructions[0][0])
+    return turns, notes
+
+
+def _role_error(role: str, index: int) -> ChatTemplateError:
+    param = f"messages[{index}].role"
+    if role in ("tool", "function"):
+        return ChatTemplateError(f'{param} is "{role}": tool messages are not supported yet', param)
+    return ChatTemplateError(f'{param} is "{role}"; it must be one of {", ".join(ALLOWED_ROLES)}', param)
+
+
+def _control_tokens(tokenizer: Tokenizer) -> tuple[ControlToken, ControlToken, ControlToken]:
+    start, end = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
+    if start is None or end is None:
+        raise ChatTemplateError(
+            f"this model cannot be chatted with: its tokenizer has no {START_OF_TURN} and {END_OF_TURN} tokens"
+        )
+    return (
+        ControlToken(tokenizer.bos_id, BOS),
+        ControlToken(start, START_OF_TURN),
+        ControlToken(end, END_OF_TURN),
+    )

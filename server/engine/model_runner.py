@@ -1,0 +1,85 @@
+"""Runs scheduled batches: the only part of a step that touches the device.
+
+Laws:
+
+- A batch's KV blocks are allocated before it comes here, and its sequences are not changed here but for
+  `prompt_logprobs`, which grow.
+- Logits exist only for rows that sample or that a prompt's logprobs need, the latter a slice at a time: a row
+  of a 256k vocabulary is 1 MB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.batching import ScheduledBatch
+from server.engine.inputs import AttentionMetadata, ModelInputs, PromptRows, build_inputs, missing_prompt_rows
+from server.engine.kv_cache.tensors import KVTensors
+from server.engine.models.gemma import GemmaModel
+from server.engine.sampling.logprobs import gather_logprobs
+from server.engine.sampling.sampler import Sampler
+from server.engine.sampling.types import SampledToken
+
+_PROMPT_ROWS_AT_ONCE = 32
+_WARM_UP_TOKENS = 16
+
+
+class ModelRunner:
+    def __init__(self, model: GemmaModel, kv: KVTensors, sampler: Sampler) -> None:
+        self._model = model
+        self._kv = kv
+        self._sampler = sampler
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
+        """Computes the batch's tokens. One result for each sequence that samples, in the batch's order."""
+        prompt_rows = [
+            rows for scheduled in batch.sequences if (rows := missing_prompt_rows(scheduled)) is not None
+        ]
+        inputs = build_inputs(batch.sequences, prompt_rows, self._kv.num_groups, self._kv.block_size)
+        hidden = self._model.forward(inputs, self._kv.by_layer)
+        sampling = [scheduled.seq for scheduled in batch.sequences if scheduled.samples]
+        self._append_prompt_logprobs(hidden[len(sampling) :], prompt_rows)
+        if not sampling:
+            return []
+        return self._sampler.sample(self._model.compute_logits(hidden[: len(sampling)]), sampling)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Computes one small batch in the null block, so that no request pays for first-use costs."""
+        counts = np.array([1, _WARM_UP_TOKENS], dtype=np.int32)
+        num_tokens = int(counts.sum())
+        metadata = AttentionMetadata(
+            query_start=np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
+            seq_lens=counts,
+            block_table=np.zeros((2, -(-_WARM_UP_TOKENS // self._kv.block_size)), dtype=np.int32),
+            slot_mapping=np.zeros(num_tokens, dtype=np.int64),
+            block_size=self._kv.block_size,
+        )
+        inputs = ModelInputs(
+            token_ids=np.zeros(num_tokens, dtype=np.int64),
+            positions=np.concatenate([np.arange(count, dtype=np.int64) for count in counts]),
+            output_rows=np.array([0, num_tokens - 1], dtype=np.int64),
+            attention=(metadata,) * self._kv.num_groups,
+        )
+        self._model.compute_logits(self._model.forward(inputs, self._kv.by_layer)).argmax(dim=-1).tolist()
+
+    def _append_prompt_logprobs(self, hidden: Tensor, prompt_rows: Sequence[PromptRows]) -> None:
+        """hidden: the rows of all of prompt_rows, in order."""
+        first_row = 0
+        for rows in prompt_rows:
+            seq = rows.scheduled.seq
+            if not seq.prompt_logprobs:
+                seq.prompt_logprobs.append(None)
+            num_top = seq.params.prompt_logprobs or 0
+            for offset in range(0, rows.count, _PROMPT_ROWS_AT_ONCE):
+                count = min(_PROMPT_ROWS_AT_ONCE, rows.count - offset)
+                logits = self._model.compute_logits(hidden[first_row + offset : first_row + offset + count])
+                first_token = rows.first_position + offset + 1
+                chosen = seq.token_ids[first_token : first_token + count]
+                seq.prompt_logprobs += gather_logprobs(logits, chosen, [num_top] * count)
+            first_row += rows.count

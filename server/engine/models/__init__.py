@@ -1,0 +1,1 @@
+"""The Gemma decoder, its configuration, and the readers of its weights."""

@@ -1,0 +1,67 @@
+"""A sequence: one prompt being continued, from its arrival until its last token."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from server.engine.types import FinishReason, GenerateRequest, SamplingParams, TokenLogprob
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = enum.auto()
+    """Not in a batch: new, or preempted and to be recomputed."""
+    RUNNING = enum.auto()
+    """Holds KV blocks and is considered for every step."""
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The engine's state of one request. Laws:
+
+    - `token_ids` is the prompt followed by the generated tokens and only ever grows.
+    - The KV entries of `token_ids[:num_computed]` are in the cache; `num_computed < num_tokens` while the
+      sequence lives, since the newest token has always yet to be computed.
+    - There is no prefill or decode phase: a step computes some of `token_ids[num_computed:]`, and samples
+      when it reaches the end.
+    - `block_tables[g][i]` is the block of KV group g that holds positions [i * block_size, (i+1) * block_size).
+    """
+
+    request: GenerateRequest
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_computed: int = 0
+    block_tables: list[list[int]] = field(default_factory=list)
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache when the sequence was first scheduled."""
+    num_preemptions: int = 0
+    scheduled_at: float = 0.0
+    finish_reason: FinishReason | None = None
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    """Grows with the prefill, where asked for."""
+
+    @classmethod
+    def from_request(cls, request: GenerateRequest) -> Sequence:
+        return cls(
+            request=request,
+            token_ids=list(request.prompt_token_ids),
+            num_prompt_tokens=len(request.prompt_token_ids),
+        )
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens

@@ -1,0 +1,213 @@
+"""The messages that cross the socket between the HTTP front and the engine process.
+
+Everything here is a frozen msgspec struct, free of torch, so that both sides may import it. Laws of the
+exchange:
+
+1. The front sends `Start` once; the engine answers with `Loading` (any number) and then `Ready` once.
+2. For each `Submit` the engine answers any number of `SequenceOutput`s, of which exactly one, the last, has a
+   `finish_reason`. An id that was aborted gets its terminal output too.
+3. `Abort` is idempotent and may name ids that the engine never saw or has already finished.
+4. End of file on the socket means that the other side is dead. There is no other death notice.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    """A stop token was sampled, or the front matched a stop string."""
+    LENGTH = "length"
+    """`max_tokens` were generated or the model's context is full."""
+    ABORT = "abort"
+    """The front asked for it: the client left, or a stop string was found."""
+    ERROR = "error"
+    """The engine could not go on with this sequence; `SequenceOutput.error` says why."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token of one sequence is chosen. Ranges were checked by the front."""
+
+    max_tokens: int
+    """Tokens to generate at most, >= 1."""
+    seed: int
+    """Seed of the sequence's counter-based generator, 0 <= seed < 2**64."""
+    min_tokens: int = 0
+    """`stop_token_ids` cannot be sampled before so many tokens were generated."""
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 means off."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end the sequence; the front leaves the end-of-sequence ids out under `ignore_eos`."""
+    logprobs: int | None = None
+    """None: no logprobs. k >= 0: the sampled token's and those of the k likeliest tokens."""
+    prompt_logprobs: int | None = None
+    """As `logprobs`, for each prompt token but the first."""
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate: what `Submit` carries."""
+
+    request_id: str
+    """Unique in the life of the engine; made by the front, never a client's own id."""
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    cache_salt: str = ""
+    """Sequences share cached prefixes only under one salt."""
+    arrival: float = 0.0
+    """`time.monotonic()` seconds at which the front received the request."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the engine process needs to know; built by the front from `ServerConfig`."""
+
+    model_path: str
+    """A directory with config.json and safetensors, or a .gguf file."""
+    dtype: str = "auto"
+    """auto | bfloat16 | float32 | float16"""
+    device: str = "auto"
+    """auto | cpu | cuda"""
+    max_model_len: int | None = None
+    """None: the model's own context length."""
+    max_num_seqs: int | None = None
+    """None: chosen by device."""
+    max_num_batched_tokens: int | None = None
+    """Tokens in one step at most; None: chosen by device."""
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    gpu_memory_utilization: float | None = None
+    """Share of the free memory that weights and KV pools may take; None: chosen by device."""
+    kv_cache_memory_bytes: int | None = None
+    """Overrides the measured size of the KV pools."""
+    num_blocks_override: int | None = None
+    """Overrides the number of blocks in each pool (testing)."""
+    num_threads: int | None = None
+    """Torch threads on a CPU; None: chosen from the cores at hand."""
+    suppress_token_ids: tuple[int, ...] = ()
+    """Ids that must never be sampled: rows of the embedding without a token, image control tokens."""
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the loaded engine tells the front about itself."""
+
+    device: str
+    dtype: str
+    backend: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_sequence_tokens: int
+    """Prompt plus generated tokens of the longest sequence that the empty KV pools can hold."""
+    vocab_size: int
+    """Rows of the embedding: every token id must be below."""
+    block_size: int
+    num_blocks: dict[str, int]
+    """Usable blocks in the KV pool of each attention type, by name ("full", "sliding")."""
+    kv_cache_bytes: int
+    weight_bytes: int
+    load_seconds: float
+
+
+# --- front -> engine ---------------------------------------------------------------------------------------
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    config: EngineConfig
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    request: GenerateRequest
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    request_ids: list[str]
+
+
+ToEngine = Start | Submit | Abort
+
+
+# --- engine -> front ---------------------------------------------------------------------------------------
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """The natural-log probability of one chosen token and of its likeliest alternatives."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """(token id, logprob), likeliest first; as many as were asked for."""
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one step produced for one sequence."""
+
+    request_id: str
+    token_ids: list[int] = []
+    """Newly sampled ids; includes the stop token that ended the sequence, if one did."""
+    logprobs: list[TokenLogprob] | None = None
+    """One for each of `token_ids`, where asked for."""
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """One for each prompt token (the first is None); rides on the output with the first token."""
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The stop token, where one ended the sequence."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache."""
+    scheduled_at: float = 0.0
+    """`time.monotonic()` seconds at which the sequence first joined a batch; 0 before."""
+    error: str | None = None
+    """Why the engine gave up, under FinishReason.ERROR."""
+
+
+class StepStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges after a step and counts during it."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: dict[str, float] = {}
+    """Share of usable blocks that live sequences hold, by pool name; cached but free blocks count as free."""
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_cache_hits: int = 0
+    """Prompt tokens found there."""
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    step_seconds: float = 0.0
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag=True):
+    outputs: list[SequenceOutput]
+    stats: StepStats
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    stage: str
+    """What is being done, for people: "weights", "kv cache", "warm-up"."""
+    fraction: float
+    """0..1 of this stage."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    info: EngineInfo
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot start, for a reason that a person can act on; it exits after this."""
+
+    message: str
+
+
+FromEngine = StepOutput | Loading | Ready | Failed

@@ -1,0 +1,38 @@
+"""Token ids to text, one at a time."""
+
+from __future__ import annotations
+
+import codecs
+
+from server.tokenizer import BYTE_REPLACEMENT, Tokenizer
+
+_UTF8Decoder = codecs.getincrementaldecoder("utf-8")
+
+
+class Detokenizer:
+    """Turns the ids of one sequence into text as they come. Laws:
+
+    - The concatenation of all that `push` and `finish` return equals `Tokenizer.decode` of all the ids.
+    - A character is returned when its last byte arrived; at most three bytes are ever held back.
+    - The work for one token does not depend on how many came before.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.control_token_ids if skip_special_tokens else frozenset[int]()
+        self._decoder = _UTF8Decoder(BYTE_REPLACEMENT)
+
+    @property
+    def has_incomplete_character(self) -> bool:
+        """Whether bytes are held back."""
+        return self._decoder.getstate()[0] != b""
+
+    def push(self, token_id: int) -> str:
+        """The text that became complete with this token; may be empty."""
+        if token_id in self._skipped:
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def finish(self) -> str:
+        """What is left: a U+FFFD for each byte of a character that never got complete."""
+        return self._decoder.decode(b"", final=True)

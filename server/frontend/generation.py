@@ -1,0 +1,228 @@
+"""The sequences of one request, as one stream of what each of them adds.
+
+Laws:
+1. Whatever ends `deltas` (its end, an error, a cancelled or closing reader), every sequence of the request has
+   ended or been aborted when it returns, and the permit is released.
+2. The last delta of each choice, and no other, has a `finish_reason`.
+3. An error of one sequence ends the request: the others are aborted and the error is raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from server.engine.types import FinishReason, GenerateRequest, SamplingParams, SequenceOutput, TokenLogprob
+from server.errors import EngineUnavailableError, GenerationError
+from server.frontend.admission import Permit
+from server.frontend.client import EngineClient, EngineDeadError
+from server.frontend.request_state import RequestState, StopConditions, TextDelta
+from server.metrics import RequestMetrics
+from server.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceRequest:
+    """One sequence to generate. Its index among the request's is its place in the list."""
+
+    prompt_index: int
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    stop: StopConditions
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceDelta:
+    """What one choice gained."""
+
+    index: int
+    text: TextDelta
+    prompt_logprobs: list[TokenLogprob | None] | None
+    """In the first delta of a choice, where asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsageCounts:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Generation:
+    """Runs the sequences of one admitted request, once."""
+
+    def __init__(
+        self,
+        choices: Sequence[ChoiceRequest],
+        *,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        metrics: RequestMetrics,
+        permit: Permit,
+        arrival: float,
+        cache_salt: str = "",
+    ) -> None:
+        """`arrival`: `time.monotonic()` seconds at which the request came in."""
+        self._choices = [
+            _Choice(index, request, client, tokenizer, metrics, arrival, cache_salt)
+            for index, request in enumerate(choices)
+        ]
+        self._permit = permit
+        metrics.observe("request_params_n", sum(choice.prompt_index == 0 for choice in choices))
+
+    def usage(self) -> UsageCounts:
+        """What was spent so far. A prompt counts once, however many choices it has."""
+        firsts = {choice.request.prompt_index: choice for choice in reversed(self._choices)}.values()
+        return UsageCounts(
+            prompt_tokens=sum(len(choice.request.prompt_token_ids) for choice in firsts),
+            completion_tokens=sum(choice.state.num_generated for choice in self._choices),
+            cached_tokens=sum(choice.state.num_cached_tokens for choice in firsts),
+        )
+
+    async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
+        """What the choices gain, as it comes. Raises GenerationError, EngineUnavailableError."""
+        try:
+            source = self._choices[0].deltas() if len(self._choices) == 1 else self._merged()
+            async with aclosing(source):
+                async for delta in source:
+                    yield delta
+        except EngineDeadError:
+            raise EngineUnavailableError from None
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Give the permit back; for a request whose `deltas` were never read."""
+        self._permit.release()
+
+    async def _merged(self) -> AsyncGenerator[ChoiceDelta, None]:
+        # Bounded, so that a slow reader makes the outputs wait, and be merged, where the client holds them.
+        queue: asyncio.Queue[ChoiceDelta | BaseException | None] = asyncio.Queue(maxsize=len(self._choices))
+
+        async def pump(choice: _Choice) -> None:
+            try:
+                async with aclosing(choice.deltas()) as deltas:
+                    async for delta in deltas:
+                        await queue.put(delta)
+                await queue.put(None)
+            except Exception as error:  # whatever it is, it is raised again where the request is read
+                await queue.put(error)
+
+        pumps = [asyncio.create_task(pump(choice)) for choice in self._choices]
+        try:
+            num_running = len(pumps)
+            while num_running:
+                item = await queue.get()
+                if item is None:
+                    num_running -= 1
+                elif isinstance(item, BaseException):
+                    raise item
+                else:
+                    yield item
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+
+class _Choice:
+    """One sequence: its text, and the clock readings that its metrics are made of."""
+
+    def __init__(
+        self,
+        index: int,
+        request: ChoiceRequest,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        metrics: RequestMetrics,
+        arrival: float,
+        cache_salt: str,
+    ) -> None:
+        self.index = index
+        self.request = request
+        self.state = RequestState(tokenizer, request.stop)
+        self._client = client
+        self._metrics = metrics
+        self._arrival = arrival
+        self._cache_salt = cache_salt
+        self._scheduled_at = 0.0
+        self._first_token_at = 0.0
+        self._last_token_at = 0.0
+
+    async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
+        finish_reason = FinishReason.ABORT
+        prompt_logprobs = None
+        request = GenerateRequest(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=self.request.prompt_token_ids,
+            params=self.request.sampling,
+            cache_salt=self._cache_salt,
+            arrival=self._arrival,
+        )
+        try:
+            # Closing the engine's outputs early, as after a stop string, aborts the sequence.
+            async with aclosing(self._client.generate(request)) as outputs:
+                async for output in outputs:
+                    if output.finish_reason is FinishReason.ERROR:
+                        finish_reason = FinishReason.ERROR
+                        logger.error("request %s: the engine gave up: %s", request.request_id, output.error)
+                        raise GenerationError("The engine could not complete this request.")
+                    prompt_logprobs = prompt_logprobs or output.prompt_logprobs
+                    num_before = self.state.num_generated
+                    text = self.state.update(output)
+                    self._observe_tokens(output, self.state.num_generated - num_before)
+                    if text is None:
+                        continue
+                    if text.finish_reason is not None:
+                        finish_reason = text.finish_reason
+                    yield ChoiceDelta(self.index, text, prompt_logprobs)
+                    prompt_logprobs = None
+                    if text.finish_reason is not None:
+                        return
+        except EngineDeadError:
+            finish_reason = FinishReason.ERROR
+            raise
+        finally:
+            self._observe_end(finish_reason)
+
+    def _observe_tokens(self, output: SequenceOutput, num_new: int) -> None:
+        self._scheduled_at = self._scheduled_at or output.scheduled_at
+        if not num_new:
+            return
+        now = time.monotonic()
+        metrics = self._metrics
+        if not self._first_token_at:
+            self._first_token_at = now
+            metrics.prompt_tokens.inc(len(self.request.prompt_token_ids))
+            metrics.observe("time_to_first_token_seconds", now - self._arrival)
+        else:
+            # An output that holds several tokens is several that were merged on the way.
+            for _ in range(num_new):
+                metrics.observe("inter_token_latency_seconds", (now - self._last_token_at) / num_new)
+        self._last_token_at = now
+        metrics.generation_tokens.inc(num_new)
+
+    def _observe_end(self, finish_reason: FinishReason) -> None:
+        metrics, num_generated = self._metrics, self.state.num_generated
+        metrics.ended(finish_reason)
+        metrics.observe("request_prompt_tokens", len(self.request.prompt_token_ids))
+        metrics.observe("request_generation_tokens", num_generated)
+        metrics.observe("request_params_max_tokens", self.request.sampling.max_tokens)
+        if finish_reason not in (FinishReason.STOP, FinishReason.LENGTH) or not self._first_token_at:
+            return
+        scheduled_at = self._scheduled_at or self._first_token_at
+        decode_seconds = self._last_token_at - self._first_token_at
+        metrics.observe("e2e_request_latency_seconds", self._last_token_at - self._arrival)
+        metrics.observe("request_queue_time_seconds", scheduled_at - self._arrival)
+        metrics.observe("request_prefill_time_seconds", self._first_token_at - scheduled_at)
+        metrics.observe("request_inference_time_seconds", self._last_token_at - scheduled_at)
+        metrics.observe("request_decode_time_seconds", decode_seconds)
+        if num_generated > 1:
+            metrics.observe("request_time_per_output_token_seconds", decode_seconds / (num_generated - 1))

@@ -1,0 +1,84 @@
+"""The engine in a child process, behind a socket pair.
+
+End of file is death: both ends learn from the kernel at once that the other is gone, so there is no death
+message to lose and no heartbeat to tune.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+
+from server.engine import transport
+from server.engine.types import EngineConfig, EngineInfo, Start, ToEngine
+from server.frontend.client import EngineDeadError
+from server.frontend.mailbox import MailboxClient
+
+STOP_SECONDS = 5.0
+"""How long a child may take to end after its socket was closed, before it is killed."""
+
+
+class ProcessClient(MailboxClient):
+    def __init__(self, log_level: str = "info") -> None:
+        super().__init__()
+        self._log_level = log_level
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._receiving: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    async def prepare(self) -> None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "server.engine.loop"]
+        command += ["--fd", str(theirs.fileno()), "--log-level", self._log_level]
+        # fork and exec take milliseconds; asyncio's subprocesses would add a child watcher that nothing needs.
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: ASYNC220
+        theirs.close()
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._receiving = asyncio.create_task(self._receive(reader))
+
+    async def start(self, config: EngineConfig) -> EngineInfo:
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
+        self._started = asyncio.get_running_loop().create_future()
+        self._send(Start(config))
+        return await self._started
+
+    async def stop(self) -> None:
+        self._stopping = True
+        if self._process is None:
+            return
+        if self._writer is not None:
+            self._writer.close()
+        if self._receiving is not None:
+            self._receiving.cancel()
+        try:
+            await asyncio.to_thread(self._process.wait, STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+        self._die("the engine was stopped")
+
+    def _send(self, message: ToEngine) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(transport.encode_frame(message))
+
+    async def _receive(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                header = await reader.readexactly(transport.LENGTH_BYTES)
+                payload = await reader.readexactly(int.from_bytes(header, "big"))
+                self._deliver(transport.decode_from_engine(payload))
+        except (asyncio.IncompleteReadError, OSError):
+            assert self._process is not None
+            code = await asyncio.to_thread(self._process.wait)
+            self._die(f"the engine process ended with {_describe(code)}")
+
+
+def _describe(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,168 @@
+"""The server's life: from an open port to a loaded model, and to its end.
+
+The port is open before anything is loaded, so the load runs as a task in the background and `phase` tells the
+probes how far it is. The order of the load follows what takes long: the engine's process imports torch while
+the model is found and its tokenizer is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import time
+from collections.abc import Callable
+
+from server.config import ServerConfig
+from server.cache_directory import cache_directory
+from server.engine.models.config import GemmaConfig
+from server.engine.models.config_reader import read_gguf
+from server.engine.models.gguf import read_metadata
+from server.engine.models.safetensors_dir import read_config
+from server.engine.types import EngineConfig, Loading
+from server.frontend.client import EngineClient, EngineDeadError
+from server.frontend.served_model import ServedModel
+from server.gguf_tokenizer import tokenizer_for_gguf
+from server.metrics import Metrics
+from server.model_source import DownloadProgress, ModelFiles, ModelSourceError, resolve
+from server.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+EXIT_ENGINE_DIED = 70
+"""sysexits.h EX_SOFTWARE"""
+EXIT_CANNOT_SERVE = 78
+"""sysexits.h EX_CONFIG"""
+
+
+class Phase(enum.StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    FAILED = "failed"
+    """The engine could not start, or died."""
+
+
+class Runtime:
+    """Holds what the routes need: the configuration, the engine, the model once it is loaded."""
+
+    def __init__(self, config: ServerConfig, client: EngineClient) -> None:
+        self.config = config
+        self.client = client
+        self.metrics = Metrics()
+        self.model: ServedModel | None = None
+        self.phase = Phase.STARTING
+        self.stage = "starting"
+        """While STARTING what is being done, for people; when FAILED why."""
+        self.fraction = 0.0
+        """0..1 of the stage."""
+        self.exit_code = 0
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called once when the server can serve no more."""
+        self._loading: asyncio.Task[None] | None = None
+        client.on_loading = self._on_loading
+        client.on_step = self.metrics.record_step
+        client.on_death = self._on_death
+
+    async def start(self) -> None:
+        """Begin to load; returns at once."""
+        self._loading = asyncio.create_task(self._load())
+
+    async def stop(self) -> None:
+        if self._loading is not None:
+            self._loading.cancel()
+        await self.client.stop()
+
+    async def _load(self) -> None:
+        started = time.monotonic()
+        try:
+            await self.client.prepare()
+            files = await asyncio.to_thread(self._resolve)
+            self._on_loading(Loading("tokenizer", 0.0))
+            tokenizer, model_config = await asyncio.to_thread(_read_model, files)
+            info = await self.client.start(self._engine_config(files, tokenizer, model_config))
+        except (ModelSourceError, EngineDeadError, ValueError, OSError) as error:
+            self._fail(str(error), EXIT_CANNOT_SERVE)
+            return
+        names = tuple(self.config.served_model_name) or (files.name,)
+        self.model = ServedModel(
+            names=names,
+            root=self.config.model,
+            created=int(time.time()),
+            tokenizer=tokenizer,
+            info=info,
+            stop_token_ids=_stop_token_ids(tokenizer, model_config),
+        )
+        self.phase = Phase.READY
+        seconds = time.monotonic() - started
+        self.metrics.set_model(self.model, seconds)
+        logger.info(
+            "serving %s on %s in %s after %.1f s: %d tokens of context, %d MiB of weights, %d MiB of KV cache",
+            names[0],
+            info.device,
+            info.dtype,
+            seconds,
+            info.max_model_len,
+            info.weight_bytes >> 20,
+            info.kv_cache_bytes >> 20,
+        )
+
+    def _resolve(self) -> ModelFiles:
+        return resolve(
+            self.config.model,
+            revision=self.config.revision,
+            download_dir=self.config.download_dir,
+            progress=self._on_download,
+        )
+
+    def _on_download(self, progress: DownloadProgress) -> None:
+        """Called from the thread that downloads."""
+        self.stage = "download"
+        self.fraction = progress.fraction
+
+    def _on_loading(self, loading: Loading) -> None:
+        self.stage = loading.stage
+        self.fraction = loading.fraction
+
+    def _on_death(self, reason: str) -> None:
+        self._fail(reason, EXIT_ENGINE_DIED)
+
+    def _fail(self, reason: str, exit_code: int) -> None:
+        logger.error("%s", reason)
+        self.phase = Phase.FAILED
+        self.stage = reason
+        self.exit_code = exit_code
+        self.on_failure()
+
+    def _engine_config(self, files: ModelFiles, tokenizer: Tokenizer, model_config: GemmaConfig) -> EngineConfig:
+        config = self.config
+        return EngineConfig(
+            model_path=str(files.path),
+            dtype=config.dtype,
+            device=config.device,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            block_size=config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+            num_blocks_override=config.num_gpu_blocks_override,
+            num_threads=config.num_threads,
+            suppress_token_ids=tuple(tokenizer.unsampleable_ids(model_config.vocab_size)),
+        )
+
+
+def _read_model(files: ModelFiles) -> tuple[Tokenizer, GemmaConfig]:
+    """Raises ValueError, for files that are not what they should be, and OSError."""
+    if files.tokenizer_file is not None:
+        return Tokenizer.from_file(files.tokenizer_file), read_config(files.path)
+    tokenizer_file = tokenizer_for_gguf(files.path, cache_directory())
+    return Tokenizer.from_file(tokenizer_file), read_gguf(read_metadata(files.path))
+
+
+def _stop_token_ids(tokenizer: Tokenizer, model_config: GemmaConfig) -> tuple[int, ...]:
+    """Every id that ends a turn: a checkpoint's lists are known to leave `<end_of_turn>` or `<eos>` out."""
+    ids = {tokenizer.eos_id, *model_config.eos_token_ids}
+    if tokenizer.end_of_turn_id is not None:
+        ids.add(tokenizer.end_of_turn_id)
+    return tuple(sorted(ids))

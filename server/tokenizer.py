@@ -1,0 +1,186 @@
+"""Text to token ids and back, for a tokenizer.json of the Gemma family (SentencePiece BPE with byte fallback).
+
+Laws:
+1. Control tokens are the pieces that the file flags as special, and the turn and sequence tokens in any case.
+   `encode_text` never yields one; only `encode_controls` and `encode_prompt` read them out of a string.
+2. The text of a token sequence is the concatenation of its `token_bytes`, decoded as UTF-8 with one U+FFFD for
+   each byte that is not part of a character. So a prefix of the ids decodes to a prefix of the text, but for
+   the bytes of a character that is still incomplete.
+3. Nothing changes after construction: one instance serves every thread, and encoding releases the GIL, so long
+   texts belong in a worker thread.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Self
+
+import tokenizers
+
+BOS = "<bos>"
+EOS = "<eos>"
+START_OF_TURN = "<start_of_turn>"
+END_OF_TURN = "<end_of_turn>"
+
+_ALWAYS_CONTROL = ("<pad>", EOS, BOS, "<unk>", START_OF_TURN, END_OF_TURN)
+_IMAGE = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_GEMMA_DECODERS = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+
+BYTE_REPLACEMENT = "gemma_server_replace_each_byte"
+"""Error handler for `bytes.decode`: one U+FFFD for each undecodable byte.
+
+As SentencePiece does (ProcessBytePieces in sentencepiece_processor.cc); Python's own "replace" gives one for
+several bytes, and the `tokenizers` library gives up the whole run of byte pieces, valid characters included,
+when its last character was cut off.
+"""
+
+
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error(BYTE_REPLACEMENT, _replace_each_byte)
+
+
+class TokenizerError(ValueError):
+    """The tokenizer file cannot be read, or is not one of the Gemma family."""
+
+
+class InvalidTextError(ValueError):
+    """The text holds a lone surrogate, which is no character and has no UTF-8 form."""
+
+
+class Tokenizer:
+    """A tokenizer.json of the Gemma family."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        """Takes `backend` over: it must not be used, let alone changed, elsewhere. Raises TokenizerError."""
+        _check_decoder(backend)
+        backend.no_truncation()
+        backend.no_padding()
+        # Some files leave the turn tokens unflagged, or do not list them among the added tokens at all.
+        present = [piece for piece in _ALWAYS_CONTROL if backend.token_to_id(piece) is not None]
+        backend.add_special_tokens(
+            [tokenizers.AddedToken(piece, special=True, normalized=False) for piece in present]
+        )
+        backend.encode_special_tokens = True  # special tokens in a text are text: law 1
+        self._backend = backend
+
+        added = backend.get_added_tokens_decoder()
+        self._controls = {token.content: token_id for token_id, token in added.items() if token.special}
+        self.control_token_ids = frozenset(self._controls.values())
+        self._control_pattern = re.compile(
+            "(" + "|".join(re.escape(piece) for piece in sorted(self._controls, key=len, reverse=True)) + ")"
+        )
+        self.vocab_size = max(backend.get_vocab_size(with_added_tokens=False), max(added, default=-1) + 1)
+        """The highest id that has a piece, plus 1. It may exceed the rows of a model's embedding (Gemma 3 1B
+        has none for `<image_soft_token>`) or be less (some checkpoints pad the embedding)."""
+        self.bos_id = self._required_id(BOS)
+        self.eos_id = self._required_id(EOS)
+        self.start_of_turn_id: int | None = backend.token_to_id(START_OF_TURN)
+        self.end_of_turn_id: int | None = backend.token_to_id(END_OF_TURN)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read a tokenizer.json. Raises TokenizerError, OSError."""
+        data = Path(path).read_bytes()
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # the library raises no narrower type
+            raise TokenizerError(f"{path} is not a readable tokenizer.json: {error}") from error
+        return cls(backend)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of `text`, where control tokens typed in it are text; no `<bos>`. Raises InvalidTextError."""
+        try:
+            # `encode` holds the GIL throughout, the batch form releases it; `fast` leaves out the offsets.
+            encodings = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        except TypeError as error:
+            surrogate = _SURROGATE.search(text)
+            if surrogate is None:
+                raise
+            raise InvalidTextError(
+                f"the text holds the lone surrogate U+{ord(surrogate[0]):04X}, which is not a character"
+            ) from error
+        return list(encodings[0].ids)
+
+    def encode_controls(self, text: str) -> list[int]:
+        """Ids of `text`, where control tokens written in it are the real ones; no `<bos>` is added.
+
+        The ids may include such as the model has no embedding for (see `vocab_size`): compare with its rows.
+        Raises InvalidTextError.
+        """
+        ids: list[int] = []
+        for index, part in enumerate(self._control_pattern.split(text)):
+            if index % 2:  # split() alternates text and separator
+                ids.append(self._controls[part])
+            elif part:
+                ids += self.encode_text(part)
+        return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """As `encode_controls`, with exactly one `<bos>` first, however many the text begins with."""
+        ids = self.encode_controls(text)
+        num_bos = 0
+        while num_bos < len(ids) and ids[num_bos] == self.bos_id:
+            num_bos += 1
+        return [self.bos_id, *ids[num_bos:]]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`, without the control tokens unless asked for. Ids without a piece have no text."""
+        skipped = self.control_token_ids if skip_special_tokens else frozenset[int]()
+        data = b"".join([self.token_bytes(token_id) for token_id in ids if token_id not in skipped])
+        return data.decode("utf-8", BYTE_REPLACEMENT)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text: those of its piece, or the one byte of a byte token.
+
+        Empty for an id without a piece, which a model whose embedding is padded can sample.
+        """
+        if not 0 <= token_id < self.vocab_size:
+            return b""
+        piece = self._backend.id_to_token(token_id)
+        if piece is None:
+            return b""
+        byte = _BYTE_PIECE.fullmatch(piece)
+        if byte is not None:
+            return bytes([int(byte[1], 16)])
+        return piece.replace("▁", " ").encode()
+
+    def token_text(self, token_id: int) -> str:
+        """`token_bytes` as text for people; U+FFFD for a byte that is no character by itself."""
+        return self.token_bytes(token_id).decode("utf-8", BYTE_REPLACEMENT)
+
+    def unsampleable_ids(self, num_embeddings: int) -> Iterable[int]:
+        """Ids below `num_embeddings`, the rows of the model's embedding, that a text model must never produce:
+        rows without a piece, and image tokens."""
+        image_ids = (self._backend.token_to_id(piece) for piece in _IMAGE)
+        yield from (token_id for token_id in image_ids if token_id is not None and token_id < num_embeddings)
+        yield from range(self.vocab_size, num_embeddings)
+
+    def _required_id(self, piece: str) -> int:
+        token_id = self._backend.token_to_id(piece)
+        if token_id is None:
+            raise TokenizerError(f"the tokenizer has no {piece} token, so it is not a Gemma tokenizer")
+        return token_id
+
+
+def _check_decoder(backend: tokenizers.Tokenizer) -> None:
+    """`token_bytes` holds for this decoder only."""
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else None
+    if decoder != {"type": "Sequence", "decoders": _GEMMA_DECODERS}:
+        raise TokenizerError(
+            f"the tokenizer does not decode as Gemma's do: its decoder is {json.dumps(decoder)}"
+        )

@@ -1,0 +1,341 @@
+"""A server over an engine that follows a script, and a client's view of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import uvicorn
+
+from server.app import create_app
+from server.config import ServerConfig
+from server.engine.types import (
+    EngineConfig,
+    EngineInfo,
+    FinishReason,
+    GenerateRequest,
+    Loading,
+    SequenceOutput,
+    StepStats,
+    TokenLogprob,
+)
+from server.frontend.client import EngineDeadError
+from server.frontend.served_model import ServedModel
+from server.runtime import Phase, Runtime
+from tests.fixtures_tokenizers import make_tiny_tokenizer
+
+MODEL = "google/gemma-tiny"
+ALIAS = "tiny"
+TOKENIZER = make_tiny_tokenizer()
+VOCAB_SIZE = TOKENIZER.vocab_size
+MAX_MODEL_LEN = 64
+MAX_SEQUENCE_TOKENS = 60
+EOS = TOKENIZER.eos_id
+END_OF_TURN = TOKENIZER.end_of_turn_id
+
+
+@dataclass
+class Script:
+    """What the engine does with every request until the next test."""
+
+    text: str = "ab user 日 model"
+    delay: float = 0.0
+    """Seconds before each token."""
+    ends_with_stop: bool = True
+    """Whether an end-of-turn token follows the text; else it starts over until `max_tokens`."""
+    error_after: int | None = None
+    """Tokens after which the engine gives up on a sequence."""
+    death_after: int | None = None
+    """Tokens after which the engine dies."""
+    crash_after: int | None = None
+    """Tokens after which something unforeseen happens."""
+    cached_tokens: int = 0
+    logprob: float = -0.5
+    tokens_per_output: int = 1
+
+
+class FakeEngineClient:
+    def __init__(self) -> None:
+        self.on_loading: Callable[[Loading], None] = lambda loading: None
+        self.on_step: Callable[[StepStats], None] = lambda stats: None
+        self.on_death: Callable[[str], None] = lambda reason: None
+        self.script = Script()
+        self.submitted: list[GenerateRequest] = []
+        self.running: set[str] = set()
+        self.aborted: list[str] = []
+        self.is_stopped = False
+
+    @property
+    def pid(self) -> int | None:
+        return None
+
+    async def prepare(self) -> None: ...
+
+    async def start(self, config: EngineConfig) -> EngineInfo:
+        raise NotImplementedError
+
+    async def stop(self) -> None:
+        self.is_stopped = True
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[SequenceOutput, None]:
+        self.submitted.append(request)
+        self.running.add(request.request_id)
+        finished = False
+        try:
+            async for output in self._outputs(request):
+                finished = output.finish_reason is not None
+                yield output
+        except EngineDeadError:
+            finished = True
+            raise
+        finally:
+            self.running.remove(request.request_id)
+            if not finished:
+                self.aborted.append(request.request_id)
+
+    async def _outputs(self, request: GenerateRequest) -> AsyncGenerator[SequenceOutput, None]:
+        script, params = self.script, request.params
+        scheduled_at = time.monotonic()
+        pending: list[int] = []
+        for number, token_id in enumerate(self._token_ids()):
+            await asyncio.sleep(script.delay)
+            if number == script.error_after:
+                yield SequenceOutput(
+                    request_id=request.request_id,
+                    finish_reason=FinishReason.ERROR,
+                    error="secret /path of a fault",
+                )
+                return
+            if number == script.death_after:
+                raise EngineDeadError("killed by signal 9 in /secret/path")
+            if number == script.crash_after:
+                raise ZeroDivisionError("secret /path")
+            pending.append(token_id)
+            is_stop = token_id in params.stop_token_ids
+            is_last = is_stop or number + 1 == params.max_tokens
+            if len(pending) < script.tokens_per_output and not is_last:
+                continue
+            first = number < script.tokens_per_output
+            yield SequenceOutput(
+                request_id=request.request_id,
+                token_ids=pending,
+                logprobs=None
+                if params.logprobs is None
+                else [self._logprob(token, params.logprobs) for token in pending],
+                prompt_logprobs=None
+                if params.prompt_logprobs is None or not first
+                else [
+                    None,
+                    *(self._logprob(token, params.prompt_logprobs) for token in request.prompt_token_ids[1:]),
+                ],
+                finish_reason=(FinishReason.STOP if is_stop else FinishReason.LENGTH) if is_last else None,
+                stop_token_id=token_id if is_stop else None,
+                num_cached_tokens=script.cached_tokens,
+                scheduled_at=scheduled_at,
+            )
+            pending = []
+            if is_last:
+                return
+
+    def _token_ids(self) -> Iterator[int]:
+        """The script's tokens, over and over."""
+        ids = TOKENIZER.encode_text(self.script.text)
+        assert END_OF_TURN is not None
+        while True:
+            yield from ids
+            if self.script.ends_with_stop:
+                yield END_OF_TURN
+
+    def _logprob(self, token_id: int, num_top: int) -> TokenLogprob:
+        top = [(token_id, self.script.logprob), (EOS, float("-inf"))][:num_top]
+        return TokenLogprob(token_id=token_id, logprob=self.script.logprob, top=top)
+
+
+class ScriptedRuntime(Runtime):
+    """Loads when it is told to."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None:
+        await self.client.stop()
+
+    def load(self) -> None:
+        assert END_OF_TURN is not None
+        self.model = ServedModel(
+            names=(MODEL, ALIAS),
+            root="embedded",
+            created=1_700_000_000,
+            tokenizer=TOKENIZER,
+            info=make_info(),
+            stop_token_ids=(EOS, END_OF_TURN),
+        )
+        self.phase = Phase.READY
+        self.metrics.set_model(self.model, 1.5)
+
+
+def make_info() -> EngineInfo:
+    return EngineInfo(
+        device="cpu",
+        dtype="float32",
+        backend="reference",
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        max_sequence_tokens=MAX_SEQUENCE_TOKENS,
+        vocab_size=VOCAB_SIZE,
+        block_size=16,
+        num_blocks={"full": 40, "sliding": 20},
+        kv_cache_bytes=1,
+        weight_bytes=1,
+        load_seconds=1.0,
+    )
+
+
+class LiveServer:
+    """A server on a real socket, its event loop in a thread."""
+
+    def __init__(
+        self, server: uvicorn.Server, runtime: ScriptedRuntime, client: FakeEngineClient, port: int
+    ) -> None:
+        self._server = server
+        self.runtime = runtime
+        self.engine = client
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.http = httpx.Client(base_url=self.url, timeout=20)
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def script(self) -> Script:
+        return self.engine.script
+
+    @property
+    def in_flight(self) -> int:
+        app: Any = self._server.config.app
+        in_flight: int = app.state.admission.in_flight
+        return in_flight
+
+    def chat(self, content: str = "ab", **fields: Any) -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": content}], **fields}
+        return self.http.post("/v1/chat/completions", json=body)
+
+    def complete(self, prompt: Any = "ab", **fields: Any) -> httpx.Response:
+        return self.http.post("/v1/completions", json={"prompt": prompt, **fields})
+
+    def metric(self, series: str) -> float:
+        """The value of a series, given with its labels; 0 if there is none."""
+        for line in self.http.get("/metrics").text.splitlines():
+            name, _, value = line.rpartition(" ")
+            if name == series:
+                return float(value)
+        return 0.0
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+    def run(self, work: Callable[[], Awaitable[Any]]) -> Any:
+        """Run in the server's event loop."""
+        assert self.loop is not None
+
+        async def call() -> Any:
+            return await work()
+
+        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(20)
+
+    def assert_idle(self) -> None:
+        """Soon nothing runs and no permit is held."""
+        wait_until(lambda: not self.engine.running and self.in_flight == 0)
+
+
+@contextmanager
+def live_server(*, loaded: bool = True, **options: Any) -> Iterator[LiveServer]:
+    engine = FakeEngineClient()
+    runtime = ScriptedRuntime(ServerConfig(**options), engine)
+    if loaded:
+        runtime.load()
+    # Named as TCP, or asyncio would leave Nagle's algorithm on, which costs each answer 40 ms.
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(runtime), access_log=False, log_level="critical", timeout_graceful_shutdown=2
+            )
+        )
+        live = LiveServer(server, runtime, engine, port)
+
+        def serve() -> None:
+            async def main() -> None:
+                live.loop = asyncio.get_running_loop()
+                await server.serve(sockets=[listener])
+
+            asyncio.run(main())
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        wait_until(lambda: server.started)
+        try:
+            yield live
+        finally:
+            live.http.close()
+            server.should_exit = True
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.005)
+
+
+def events(response_text: str) -> list[str]:
+    """The payloads of a stream's events, which are one line each, or comments, and end with one `[DONE]`."""
+    payloads = []
+    for block in response_text.removesuffix("\n\n").split("\n\n"):
+        assert "\n" not in block, f"not one line: {block!r}"
+        if block.startswith(": "):
+            continue
+        assert block.startswith("data: "), f"neither event nor comment: {block!r}"
+        payloads.append(block.removeprefix("data: "))
+    assert payloads.count("[DONE]") == 1
+    assert payloads[-1] == "[DONE]"
+    return payloads[:-1]
+
+
+def chunks(response: httpx.Response) -> list[dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return [json.loads(payload) for payload in events(response.text)]
+
+
+def assert_error(
+    response: httpx.Response, status: int, *, param: str | None = None, code: str | None = None
+) -> str:
+    """It is an error in OpenAI's shape; returns the message."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert isinstance(error["type"], str)
+    assert "Traceback" not in response.text
+    assert "/secret" not in response.text
+    if param is not None:
+        assert error["param"] == param, error
+    if code is not None:
+        assert error["code"] == code, error
+    message: str = error["message"]
+    return message

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from server.engine.types import StepStats
+from server.metrics import REQUEST_HISTOGRAMS
+from server.runtime import Phase
+from tests.api.support import LiveServer, assert_error, live_server
+
+LABELS = '{engine="0",model_name="google/gemma-tiny"}'
+
+
+def statuses(server: LiveServer) -> dict[str, int]:
+    paths = ("/livez", "/startupz", "/readyz", "/health")
+    return {path: server.http.get(path).status_code for path in paths}
+
+
+def test_probes_tell_loading_from_ready_from_dead() -> None:
+    with live_server(loaded=False) as server:
+        server.runtime.stage, server.runtime.fraction = "weights", 0.25
+        assert statuses(server) == {"/livez": 200, "/startupz": 503, "/readyz": 503, "/health": 503}
+        response = server.http.get("/startupz")
+        assert response.json() == {"status": "starting", "stage": "weights", "fraction": 0.25}
+        assert int(response.headers["retry-after"]) > 0
+
+        server.runtime.load()
+        assert statuses(server) == {"/livez": 200, "/startupz": 200, "/readyz": 200, "/health": 200}
+
+        server.runtime.phase, server.runtime.stage = Phase.FAILED, "engine died at /secret/path"
+        assert statuses(server) == {"/livez": 503, "/startupz": 200, "/readyz": 503, "/health": 503}
+        assert server.http.get("/readyz").json() == {"status": "failed"}
+        assert_error(server.chat(), 503, code="engine_unavailable")
+
+
+def test_a_server_that_failed_to_load_has_not_started() -> None:
+    with live_server(loaded=False) as server:
+        server.runtime.phase = Phase.FAILED
+        assert statuses(server) == {"/livez": 503, "/startupz": 503, "/readyz": 503, "/health": 503}
+
+
+def test_requests_that_come_while_the_model_loads_are_told_to_come_back() -> None:
+    with live_server(loaded=False) as server:
+        server.runtime.stage, server.runtime.fraction = "weights", 0.25
+        for response in (
+            server.chat(),
+            server.chat(stream=True),
+            server.complete(),
+            server.http.get("/v1/models"),
+            server.http.get("/v1/models/x"),
+            server.http.post("/tokenize", json={"prompt": "a"}),
+            server.http.post("/detokenize", json={"tokens": []}),
+        ):
+            message = assert_error(response, 503, code="model_loading")
+            assert "weights" in message
+            assert "25%" in message
+            assert int(response.headers["retry-after"]) > 0
+        assert server.metric('gemma_requests_rejected_total{reason="model_loading"}') == 7
+        assert server.metric("gemma_model_loaded") == 0
+
+
+def test_version_is_told(server: LiveServer) -> None:
+    assert set(server.http.get("/version").json()) == {"version"}
+
+
+def test_metrics_are_plain_text_whatever_is_asked_for(server: LiveServer) -> None:
+    for accept in ("*/*", "application/openmetrics-text; version=1.0.0", "application/json"):
+        response = server.http.get("/metrics", headers={"accept": accept})
+        assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        assert f"vllm:num_requests_waiting{LABELS}" in response.text
+        assert "vllm_" not in response.text
+        assert "# EOF" not in response.text
+
+
+def test_there_is_one_series_of_each_gauge(server: LiveServer) -> None:
+    text = server.http.get("/metrics").text
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"):
+        series = [line for line in text.splitlines() if line.startswith(f"vllm:{name}{{")]
+        assert len(series) == 1
+    assert server.metric(
+        'vllm:cache_config_info{block_size="16",engine="0",model_name="google/gemma-tiny",num_gpu_blocks="20"}'
+    )
+
+
+def test_a_step_is_recorded() -> None:
+    with live_server() as server:
+        for _ in range(2):
+            server.runtime.client.on_step(
+                StepStats(
+                    num_running=3,
+                    num_waiting=5,
+                    kv_usage={"full": 0.25, "sliding": 0.5},
+                    num_preemptions=1,
+                    prefix_cache_queries=10,
+                    prefix_cache_hits=4,
+                    num_prefill_tokens=6,
+                    num_decode_tokens=2,
+                    step_seconds=0.25,
+                )
+            )
+        assert server.metric(f"vllm:num_requests_running{LABELS}") == 3
+        assert server.metric(f"vllm:num_requests_waiting{LABELS}") == 5
+        assert server.metric(f"vllm:kv_cache_usage_perc{LABELS}") == 0.5
+        assert server.metric(f"vllm:num_preemptions_total{LABELS}") == 2
+        assert server.metric(f"vllm:prefix_cache_queries_total{LABELS}") == 20
+        assert server.metric(f"vllm:prefix_cache_hits_total{LABELS}") == 8
+        assert server.metric(f"vllm:iteration_tokens_total_sum{LABELS}") == 16
+        assert server.metric("gemma_engine_step_seconds_sum") == 0.5
+
+
+def test_a_request_is_observed() -> None:
+    with live_server() as server:
+        server.script.text, server.script.delay = "ab c", 0.01
+        body = server.complete("ab us", n=2, max_tokens=9).json()
+        num_prompt = body["usage"]["prompt_tokens"]
+        num_output = body["usage"]["completion_tokens"]
+        assert server.metric(f"vllm:prompt_tokens_total{LABELS}") == 2 * num_prompt
+        assert server.metric(f"vllm:generation_tokens_total{LABELS}") == num_output
+        stopped = '{engine="0",finished_reason="stop",model_name="google/gemma-tiny"}'
+        assert server.metric(f"vllm:request_success_total{stopped}") == 2
+        for name in REQUEST_HISTOGRAMS:
+            count = server.metric(f"vllm:{name}_count{LABELS}")
+            expected = {"request_params_n": 1, "inter_token_latency_seconds": num_output - 2}.get(name, 2)
+            assert count == expected, name
+        assert server.metric(f"vllm:request_prompt_tokens_sum{LABELS}") == 2 * num_prompt
+        assert server.metric(f"vllm:request_params_max_tokens_sum{LABELS}") == 18
+        e2e = server.metric(f"vllm:e2e_request_latency_seconds_sum{LABELS}")
+        queue = server.metric(f"vllm:request_queue_time_seconds_sum{LABELS}")
+        inference = server.metric(f"vllm:request_inference_time_seconds_sum{LABELS}")
+        first = server.metric(f"vllm:time_to_first_token_seconds_sum{LABELS}")
+        assert 0.02 < first < e2e
+        assert abs(queue + inference - e2e) < 1e-6
+
+
+def test_http_metrics_are_labelled_by_route_template_only() -> None:
+    with live_server() as server:
+        server.chat()
+        server.complete(n=0)
+        for number in range(50):
+            server.http.get(f"/scan{number}")
+            server.http.get(f"/v1/models/m{number}")
+            server.chat(model=f"m{number}", user=f"u{number}")
+            server.http.get("/version", headers={"x-request-id": f"r{number}"})
+        text = server.http.get("/metrics").text
+        lines = [line for line in text.splitlines() if line.startswith("gemma_http_requests_total{")]
+        series = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+        assert series == {
+            'gemma_http_requests_total{code="200",route="/v1/chat/completions"}': 1,
+            'gemma_http_requests_total{code="404",route="/v1/chat/completions"}': 50,
+            'gemma_http_requests_total{code="400",route="/v1/completions"}': 1,
+            'gemma_http_requests_total{code="404",route="/v1/models/{model_id:path}"}': 50,
+            'gemma_http_requests_total{code="404",route="unmatched"}': 50,
+            'gemma_http_requests_total{code="200",route="/version"}': 50,
+        }
+
+
+def test_build_and_load_are_told(server: LiveServer) -> None:
+    text = server.http.get("/metrics").text
+    assert 'gemma_build_info{device="cpu",dtype="float32",version=' in text
+    assert server.metric("gemma_model_loaded") == 1
+    assert server.metric("gemma_model_load_seconds") == 1.5
+    assert server.metric("process_start_time_seconds") > 0
+    assert "_created" not in text

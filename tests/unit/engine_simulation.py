@@ -1,0 +1,196 @@
+"""A model without arithmetic whose KV entries say what they are, so that every read can be checked.
+
+`execute` writes one entry for each token it computes into the slot that the block tables name, and reads back
+all that attention would read. An entry is (position, fingerprint of all tokens up to it, salt), so a read of a
+stale, foreign, uncomputed or released slot fails at once. The next token depends on the history alone: whatever
+the scheduler did, the outputs must equal those of `generate_alone`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from server.batching import ScheduledBatch, Scheduler, SchedulerConfig
+from server.engine.kv_cache.manager import KVCacheManager
+from server.engine.models.config import KVGroupSpec
+from server.engine.sampling.types import SampledToken
+from server.engine.sequence import Sequence as EngineSequence
+from server.engine.sequence import SequenceStatus
+from server.engine.types import FinishReason, GenerateRequest, SamplingParams, SequenceOutput, TokenLogprob
+
+VOCAB_SIZE = 7
+Entry = tuple[int, int, str]
+
+
+def make_request(
+    request_id: str, prompt: Sequence[int], max_tokens: int = 4, cache_salt: str = "", **params: object
+) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=request_id,
+        prompt_token_ids=list(prompt),
+        params=SamplingParams(max_tokens=max_tokens, seed=0, **params),  # type: ignore[arg-type]
+        cache_salt=cache_salt,
+    )
+
+
+def make_sequence(request_id: str, prompt: Sequence[int], **fields: object) -> EngineSequence:
+    return EngineSequence.from_request(make_request(request_id, prompt, **fields))  # type: ignore[arg-type]
+
+
+def groups_of(*windows: int | None) -> list[KVGroupSpec]:
+    """One KV group for each window, None for full attention."""
+    return [
+        KVGroupSpec("full" if window is None else "sliding", window, (layer,), num_kv_heads=1, head_dim=1)
+        for layer, window in enumerate(windows)
+    ]
+
+
+def fingerprints(token_ids: Iterable[int]) -> list[int]:
+    """For each position, a number that stands for all tokens up to it."""
+    prints, last = [], 0
+    for token_id in token_ids:
+        last = hash((last, token_id))
+        prints.append(last)
+    return prints
+
+
+def next_token(fingerprint: int) -> int:
+    return (fingerprint >> 7) % VOCAB_SIZE
+
+
+def generate_alone(request: GenerateRequest, max_sequence_tokens: int) -> tuple[list[int], FinishReason]:
+    """What the request generates with the machine to itself."""
+    fingerprint, params = fingerprints(request.prompt_token_ids)[-1], request.params
+    generated: list[int] = []
+    while True:
+        generated.append(next_token(fingerprint))
+        fingerprint = hash((fingerprint, generated[-1]))
+        if generated[-1] in params.stop_token_ids and len(generated) >= params.min_tokens:
+            return generated, FinishReason.STOP
+        if len(generated) >= min(params.max_tokens, max_sequence_tokens - len(request.prompt_token_ids)):
+            return generated, FinishReason.LENGTH
+
+
+class SimulatedModel:
+    """The storage behind the block tables, and the checks of every access to it."""
+
+    def __init__(self, groups: Sequence[KVGroupSpec], num_blocks: Sequence[int], block_size: int) -> None:
+        self._windows = [group.window for group in groups]
+        self._block_size = block_size
+        self._slots: list[list[Entry | None]] = [[None] * ((count + 1) * block_size) for count in num_blocks]
+        self.bad_rows: set[str] = set()
+        """Request ids whose logits come out as NaN."""
+
+    def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
+        entries = {scheduled.seq: self._entries(scheduled.seq) for scheduled in batch.sequences}
+        for scheduled in batch.sequences:
+            for position in range(scheduled.start, scheduled.start + scheduled.num_new):
+                for group in range(len(self._windows)):
+                    slot = self._slot(scheduled.seq, group, position)
+                    self._slots[group][slot] = entries[scheduled.seq][position]
+        sampled = []
+        for scheduled in batch.sequences:
+            seq, end = scheduled.seq, scheduled.start + scheduled.num_new
+            for group, window in enumerate(self._windows):
+                first = 0 if window is None else max(0, scheduled.start - window + 1)
+                read = [self._slots[group][self._slot(seq, group, position)] for position in range(first, end)]
+                assert read == entries[seq][first:end], (
+                    f"{seq.request_id} reads foreign entries in group {group}"
+                )
+            if seq.params.prompt_logprobs is not None and not seq.num_generated:
+                for position in range(scheduled.start, end):
+                    known = TokenLogprob(seq.token_ids[position], -float(position), [])
+                    seq.prompt_logprobs.append(known if position else None)
+            assert scheduled.samples == (end == seq.num_tokens)
+            if scheduled.samples:
+                error = "NaN" if seq.request_id in self.bad_rows else None
+                sampled.append(
+                    SampledToken(token_id=next_token(entries[seq][-1][1]), logprob=None, error=error)
+                )
+        return sampled
+
+    def _entries(self, seq: EngineSequence) -> list[Entry]:
+        prints = fingerprints(seq.token_ids)
+        return [(position, value, seq.request.cache_salt) for position, value in enumerate(prints)]
+
+    def _slot(self, seq: EngineSequence, group: int, position: int) -> int:
+        block = seq.block_tables[group][position // self._block_size]
+        assert block != 0, f"{seq.request_id} needs position {position}, which is in the null block"
+        return block * self._block_size + position % self._block_size
+
+
+@dataclass
+class Engine:
+    """Scheduler, KV cache and simulated model, with all checks after every step."""
+
+    config: SchedulerConfig
+    kv: KVCacheManager
+    model: SimulatedModel
+    scheduler: Scheduler
+    outputs: dict[str, list[SequenceOutput]]
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0
+
+    def add(self, request: GenerateRequest) -> EngineSequence:
+        seq = EngineSequence.from_request(request)
+        self.scheduler.add(seq)
+        return seq
+
+    def step(self, during: Callable[[], object] = lambda: None) -> ScheduledBatch:
+        """One step; `during` runs between the forward pass and `update`."""
+        running = [seq for seq in self.scheduler.sequences if seq.block_tables]
+        decodes = [seq for seq in running if seq.num_tokens - seq.num_computed == 1]
+        batch = self.scheduler.schedule()
+        self.kv.check(self.scheduler.sequences)
+        planned = [scheduled.seq for scheduled in batch.sequences]
+        assert batch.num_tokens <= self.config.max_num_batched_tokens
+        assert self.scheduler.num_running <= self.config.max_num_seqs
+        assert len(set(planned)) == len(planned)
+        assert all(0 < scheduled.num_new <= self.config.long_prefill_threshold for scheduled in batch.sequences)
+        for seq in decodes:
+            assert seq in planned or seq.status is not SequenceStatus.RUNNING, "a decode was left out"
+        assert not batch.preempted or set(planned) <= set(running), (
+            "one was admitted while another had to leave"
+        )
+        assert batch.sequences or not self.scheduler.sequences, "a step without progress"
+        sampled = self.model.execute(batch)
+        during()
+        for output in self.scheduler.update(batch, sampled):
+            self.outputs.setdefault(output.request_id, []).append(output)
+        self.kv.check(self.scheduler.sequences)
+        counts = self.scheduler.take_counts()
+        assert counts.num_preemptions == len(batch.preempted)
+        self.num_preemptions += counts.num_preemptions
+        self.num_cached_tokens += counts.prefix_cache_hits
+        return batch
+
+    def run(self) -> None:
+        while self.scheduler.has_work():
+            self.step()
+        assert set(self.kv.usage().values()) == {0.0}, "blocks leaked"
+
+    def generated(self, request_id: str) -> list[int]:
+        return [token_id for output in self.outputs[request_id] for token_id in output.token_ids]
+
+    def finish_reason(self, request_id: str) -> FinishReason | None:
+        *earlier, last = self.outputs[request_id]
+        assert all(output.finish_reason is None for output in earlier)
+        return last.finish_reason
+
+
+def make_engine(
+    windows: Sequence[int | None] = (None,),
+    num_blocks: Sequence[int] = (64,),
+    block_size: int = 4,
+    enable_prefix_caching: bool = True,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 16,
+    max_model_len: int = 1000,
+    long_prefill_threshold: int = 16,
+) -> Engine:
+    groups = groups_of(*windows)
+    config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_model_len, long_prefill_threshold)
+    kv = KVCacheManager(groups, num_blocks, block_size, enable_prefix_caching, max_num_batched_tokens)
+    model = SimulatedModel(groups, num_blocks, block_size)
+    return Engine(config, kv, model, Scheduler(config, kv, clock=lambda: 1.0), outputs={})

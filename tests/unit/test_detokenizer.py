@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.frontend.detokenizer import Detokenizer
+from server.tokenizer import Tokenizer
+from tests.fixtures_tokenizers import make_tiny_tokenizer
+
+TINY = make_tiny_tokenizer()
+TEXTS = [
+    " Hello",
+    "   leading and trailing   ",
+    "𓀀𓀁𓀂 hieroglyphs",
+    "👩‍👩‍👧‍👦 family, 🏳️‍🌈 flag",
+    "日本語 mixed English テスト",
+    "é and e\u0301",
+    "\n\n\t\tcode:\n    return 1",
+    "\x00\x01\x7f",
+]
+
+
+def stream(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool = True) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens)
+    return [*(detokenizer.push(token_id) for token_id in ids), detokenizer.finish()]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_streamed_pieces_join_to_the_text_without_a_replacement_character(
+    real_tokenizer: Tokenizer, text: str
+) -> None:
+    pieces = stream(real_tokenizer, real_tokenizer.encode_text(text))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_random_ids_stream_to_what_decode_gives(real_tokenizer: Tokenizer) -> None:
+    rng = random.Random(3)
+    for _ in range(1000):
+        ids = [rng.choice((rng.randrange(600), rng.randrange(real_tokenizer.vocab_size))) for _ in range(12)]
+        for skip in (True, False):
+            assert "".join(stream(real_tokenizer, ids, skip)) == real_tokenizer.decode(ids, skip)
+
+
+@given(st.lists(st.integers(0, TINY.vocab_size + 3)), st.booleans())
+def test_any_ids_stream_to_what_decode_gives(ids: list[int], skip: bool) -> None:
+    assert "".join(stream(TINY, ids, skip)) == TINY.decode(ids, skip)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_a_character_comes_whole_and_with_its_last_byte(text: str) -> None:
+    ids = [8 + byte for byte in text.encode()]  # byte tokens
+    pieces = stream(TINY, ids)
+    assert "".join(pieces) == text
+    expected = [piece for character in text for piece in [""] * (len(character.encode()) - 1) + [character]]
+    assert pieces == [*expected, ""]
+
+
+def test_an_incomplete_character_is_held_until_the_end() -> None:
+    detokenizer = Detokenizer(TINY)
+    assert [detokenizer.push(8 + byte) for byte in "𓀀".encode()[:3]] == ["", "", ""]
+    assert detokenizer.has_incomplete_character
+    assert detokenizer.finish() == "\ufffd" * 3
+
+
+def test_a_skipped_token_does_not_break_a_character() -> None:
+    detokenizer = Detokenizer(TINY)
+    first, second = (8 + byte for byte in "é".encode())
+    assert [detokenizer.push(token_id) for token_id in (first, TINY.eos_id, second)] == ["", "", "é"]
+
+
+def test_control_tokens_are_text_only_on_request() -> None:
+    assert "".join(stream(TINY, [2, 5])) == ""
+    assert "".join(stream(TINY, [2, 5], skip_special_tokens=False)) == "<bos><end_of_turn>"

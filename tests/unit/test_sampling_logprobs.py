@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from server.engine.sampling.logprobs import FLOOR, gather_logprobs
+from server.engine.sampling.sampler import Sampler
+from tests.unit.sampling_oracle import sequence
+
+
+def random_logits(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 4
+
+
+@pytest.mark.parametrize("vocab", [50, 1000, 262_144])
+def test_values_equal_log_softmax_and_the_likeliest_come_first(vocab):
+    logits = random_logits(3, vocab)
+    before = logits.clone()
+    results = gather_logprobs(logits, [7, 0, 49], [20, 0, 5])
+    reference = torch.log_softmax(logits.double(), dim=-1)
+    assert torch.equal(logits, before)
+    assert [result.token_id for result in results] == [7, 0, 49]
+    for row, (result, count) in enumerate(zip(results, [20, 0, 5], strict=True)):
+        top = reference[row].topk(count)
+        assert result.logprob == pytest.approx(reference[row, result.token_id].item(), abs=1e-5)
+        assert [token for token, _ in result.top] == top.indices.tolist()
+        assert [logprob for _, logprob in result.top] == pytest.approx(top.values.tolist(), abs=1e-5)
+
+
+def test_all_probabilities_of_a_row_sum_to_one():
+    [result] = gather_logprobs(random_logits(1, 300), [0], [300])
+    assert math.fsum(math.exp(logprob) for _, logprob in result.top) == pytest.approx(1.0, abs=1e-6)
+    assert result.logprob == dict(result.top)[0]
+
+
+def test_equal_logits_are_listed_by_id_also_across_the_last_place():
+    logits = torch.zeros(1, 4096)
+    logits[0, 4000] = 1.0
+    [result] = gather_logprobs(logits, [0], [5])
+    assert [token for token, _ in result.top] == [4000, 0, 1, 2, 3]
+
+
+def test_more_likeliest_than_tokens_lists_every_token():
+    [result] = gather_logprobs(random_logits(1, 6), [0], [20])
+    assert sorted(token for token, _ in result.top) == list(range(6))
+
+
+def test_minus_infinity_becomes_the_floor():
+    [result] = gather_logprobs(torch.tensor([[0.0, -math.inf, 0.0]]), [1], [3])
+    assert result.logprob == FLOOR == -9999.0
+    assert result.top == [(0, pytest.approx(math.log(0.5))), (2, pytest.approx(math.log(0.5))), (1, FLOOR)]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_still_gives_finite_numbers(bad):
+    logits = random_logits(2, 100)
+    logits[0, 3] = bad
+    broken, sound = gather_logprobs(logits, [5, 5], [2, 2])
+    assert (broken.logprob, broken.top) == (FLOOR, [])
+    assert sound == gather_logprobs(logits[1:], [5], [2])[0]
+
+
+def test_a_row_gives_bitwise_the_same_numbers_alone_and_among_many():
+    logits = random_logits(20, 262_144, seed=1)
+    together = gather_logprobs(logits, list(range(20)), [3] * 20)
+    assert [gather_logprobs(logits[i : i + 1], [i], [3])[0] for i in range(20)] == together
+
+
+def test_no_rows_give_no_logprobs():
+    assert gather_logprobs(torch.empty(0, 10), [], []) == []
+
+
+def test_the_sampler_reports_the_models_own_logprobs_of_the_token_it_chose():
+    logits = random_logits(1, 200)
+    seq = sequence(
+        prompt=(3,), temperature=0.5, top_k=5, logit_bias={9: 100.0}, repetition_penalty=2.0, logprobs=2
+    )
+    [result] = Sampler(200, (4,), "cpu").sample(logits.clone(), [seq])
+    assert result.token_id == 9
+    assert result.logprob == gather_logprobs(logits, [9], [2])[0]
+
+
+def test_only_sequences_that_ask_get_logprobs():
+    seqs = [sequence(), sequence(logprobs=0), sequence(logprobs=3)]
+    results = Sampler(200, (), "cpu").sample(random_logits(3, 200), seqs)
+    assert [None if r.logprob is None else len(r.logprob.top) for r in results] == [None, 0, 3]
+
+
+def test_the_likeliest_of_a_greedy_row_is_the_token_itself_even_in_a_tie():
+    logits = torch.zeros(1, 4096)
+    logits[0, [900, 70, 4000]] = 2.0
+    [result] = Sampler(4096, (), "cpu").sample(logits, [sequence(temperature=0.0, logprobs=1)])
+    assert result.token_id == 70
+    assert result.logprob is not None
+    assert result.logprob.top[0] == (70, result.logprob.logprob)
