@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 from server import __version__
 from server.config import OptionError, load_config
@@ -66,7 +68,14 @@ def serve(arguments: Sequence[str]) -> int:
     def end() -> None:
         server.should_exit = True
 
+    def asked_to_end(signal_number: int, frame: FrameType | None) -> None:
+        sys.exit(0)
+
     runtime.on_failure = end
+    # uvicorn handles signals while it runs, and afterwards raises those it got again: an end that was asked for
+    # is no failure.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, asked_to_end)
     server.run()
     return runtime.exit_code
 

@@ -41,7 +41,9 @@ class ServerConfig(BaseModel):
         [], description="Names that clients use for the model; the first is the one in answers."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face model id.")
-    download_dir: Path | None = Field(None, description="Where models are downloaded to (Hugging Face's cache).")
+    download_dir: Path | None = Field(
+        None, description="Where models are downloaded to (Hugging Face's cache)."
+    )
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 means every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 lets the system choose.")
@@ -50,30 +52,40 @@ class ServerConfig(BaseModel):
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
         "auto", description="Type of weights and KV cache; auto means bfloat16."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a CUDA device where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto takes a CUDA device where there is one."
+    )
     max_model_len: int | None = Field(
         None, ge=1, description="Longest prompt plus output in tokens; the model's own limit if not given."
     )
     max_num_seqs: int | None = Field(
-        None, ge=1, le=4096, description="Sequences in one step at most; 32 on a CPU and 256 on a GPU if not given."
+        None,
+        ge=1,
+        le=4096,
+        description="Sequences in one step at most; 32 on a CPU and 256 on a GPU if not given.",
     )
     max_num_batched_tokens: int | None = Field(
         None, ge=1, description="Tokens in one step at most; 512 on a CPU and 2048 on a GPU if not given."
     )
     block_size: int = Field(16, ge=1, le=256, description="Tokens in one block of the KV cache.")
-    enable_prefix_caching: bool = Field(True, description="Reuse the KV cache of prompts with a common beginning.")
+    enable_prefix_caching: bool = Field(
+        True, description="Reuse the KV cache of prompts with a common beginning."
+    )
     gpu_memory_utilization: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Share of the memory that is free at the start which weights and KV cache may take, on the GPU "
-        "or, without one, of main memory; 0.9 on a GPU and 0.5 on a CPU if not given.",
+        description="Share of the memory that is free at the start which weights and KV cache may take, of the "
+        "GPU's or, without one, of main memory; 0.9 on a GPU if not given, and 0.8 on a CPU, where the KV cache "
+        "then takes 4 GiB at most.",
     )
     kv_cache_memory_bytes: int | None = Field(
         None, ge=1, description="Size of the KV cache in bytes, instead of what gpu-memory-utilization yields."
     )
     num_gpu_blocks_override: int | None = Field(
-        None, ge=1, description="Blocks in each KV pool, instead of what memory yields (for tests of preemption)."
+        None,
+        ge=1,
+        description="Blocks in each KV pool, instead of what memory yields (for tests of preemption).",
     )
     num_threads: int | None = Field(
         None, ge=1, description="Threads of the engine on a CPU; all cores, less one above two, if not given."
@@ -83,9 +95,12 @@ class ServerConfig(BaseModel):
         1024, ge=1, description="Sequences that may wait or run at once; one more is refused with 429."
     )
     max_logprobs: int = Field(20, ge=0, le=100, description="Most alternatives that `logprobs` may ask for.")
-    max_body_bytes: int = Field(16 << 20, ge=1024, description="Largest request body; a larger one is refused with 413.")
+    max_body_bytes: int = Field(
+        16 << 20, ge=1024, description="Largest request body; a larger one is refused with 413."
+    )
     strict: bool = Field(
-        False, description="Refuse body fields that the server does not know with 400 instead of naming them in a header."
+        False,
+        description="Refuse body fields that would be ignored with 400, instead of naming them in a header.",
     )
     sse_keep_alive_interval: float = Field(
         15.0, gt=0, description="Seconds between comments on a stream that has nothing else to say."
@@ -93,7 +108,9 @@ class ServerConfig(BaseModel):
     shutdown_timeout: float = Field(
         30.0, ge=0, description="Seconds that running requests may take to finish after SIGTERM."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severity to log."
+    )
     disable_access_log: bool = Field(False, description="Do not log a line for each request.")
 
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from server.cache_directory import cache_directory
 from server.model_source import ModelSourceError
 
 MODEL_NAME = "gemma-3-270m"
@@ -41,7 +42,7 @@ def locate() -> Path:
 
     Prints the licence notice on stderr the first time. Raises ModelSourceError.
     """
-    directory = _cache_directory()
+    directory = cache_directory()
     target = directory / FILE_NAME
     if not _is_stamped(target):
         try:
@@ -58,12 +59,6 @@ def locate() -> Path:
             ) from error
     _print_notice_once(directory / f"{FILE_NAME}.notice-shown")
     return target
-
-
-def _cache_directory() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification has relative paths ignored.
-    return (base if base.is_absolute() else Path.home() / ".cache") / "gemma-server"
 
 
 def _provide(target: Path) -> None:

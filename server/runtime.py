@@ -13,8 +13,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from server.config import ServerConfig
 from server.cache_directory import cache_directory
+from server.config import ServerConfig
 from server.engine.models.config import GemmaConfig
 from server.engine.models.config_reader import read_gguf
 from server.engine.models.gguf import read_metadata
@@ -133,7 +133,9 @@ class Runtime:
         self.exit_code = exit_code
         self.on_failure()
 
-    def _engine_config(self, files: ModelFiles, tokenizer: Tokenizer, model_config: GemmaConfig) -> EngineConfig:
+    def _engine_config(
+        self, files: ModelFiles, tokenizer: Tokenizer, model_config: GemmaConfig
+    ) -> EngineConfig:
         config = self.config
         return EngineConfig(
             model_path=str(files.path),

@@ -28,7 +28,9 @@ class Runner(Protocol):
 class EngineCore:
     """Owns the scheduler and the runner. Not thread-safe: one thread calls everything."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._clock = clock
@@ -40,7 +42,9 @@ class EngineCore:
             self._scheduler.add(Sequence.from_request(request))
         except NeverFitsError as error:
             self._terminal.append(
-                SequenceOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=str(error))
+                SequenceOutput(
+                    request_id=request.request_id, finish_reason=FinishReason.ERROR, error=str(error)
+                )
             )
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -62,7 +66,9 @@ class EngineCore:
         return StepOutput(outputs=outputs, stats=self._stats(batch, finished - started))
 
     def _stats(self, batch: ScheduledBatch, seconds: float) -> StepStats:
-        num_decode_tokens = sum(1 for scheduled in batch.sequences if scheduled.start >= scheduled.seq.num_prompt_tokens)
+        num_decode_tokens = sum(
+            1 for scheduled in batch.sequences if scheduled.start >= scheduled.seq.num_prompt_tokens
+        )
         counts = self._scheduler.take_counts()
         return StepStats(
             num_running=self._scheduler.num_running,

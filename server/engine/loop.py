@@ -2,7 +2,7 @@
 
 `serve` is the loop itself, fed by a queue and emptied by a function, so that a thread can run it as well as a
 process. `main` is the child process: `python -m server.engine.loop --fd N`, with N one end of a socket pair.
-It has one thread that reads the socket, one that writes to it, and the main thread that alone touches the model.
+One of its threads reads the socket, one writes to it, and the main thread alone touches the model.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def main() -> int:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
-    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s")
+    logging.basicConfig(
+        level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s"
+    )
     _die_with_parent()
     # Ctrl-C reaches the whole process group; the front decides when the engine ends, by closing the socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -2,7 +2,8 @@
 
 Laws:
 1. Whatever ends `deltas` (its end, an error, a cancelled or closing reader), every sequence of the request has
-   ended or been aborted when it returns, and the permit is released.
+   ended or been aborted when it returns. The permit is the answering side's to give back, with `release`: a
+   request whose client leaves early enough never reads `deltas`.
 2. The last delta of each choice, and no other, has a `finish_reason`.
 3. An error of one sequence ends the request: the others are aborted and the error is raised.
 """
@@ -95,11 +96,9 @@ class Generation:
                     yield delta
         except EngineDeadError:
             raise EngineUnavailableError from None
-        finally:
-            self.release()
 
     def release(self) -> None:
-        """Give the permit back; for a request whose `deltas` were never read."""
+        """Give the permit back. Once all is over; again does no harm."""
         self._permit.release()
 
     async def _merged(self) -> AsyncGenerator[ChoiceDelta, None]:

@@ -36,7 +36,7 @@ class InprocClient(MailboxClient):
             try:
                 engine_loop.serve(self._inbox, send)
                 reason = "the engine was stopped"
-            except BaseException as error:  # noqa: BLE001  # a thread has no exit code: this stands for it
+            except BaseException as error:  # a thread has no exit code: this stands for it
                 traceback.print_exc()
                 reason = f"the engine failed: {error}"
             event_loop.call_soon_threadsafe(self._die, reason)

@@ -246,6 +246,13 @@ def test_separators_and_controls_in_text_do_not_break_events(server: LiveServer)
     assert server.chat().json()["choices"][0]["message"]["content"] == server.script.text
 
 
+def test_tokens_without_text_are_no_events(server: LiveServer) -> None:
+    server.script.text = "ab"
+    stream = chunks(server.chat(stream=True, ignore_eos=True, max_tokens=12))
+    assert all(chunk["choices"][0]["delta"] for chunk in stream[:-1])
+    assert "ab" in "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in stream)
+
+
 def test_outputs_that_were_merged_are_one_event(server: LiveServer) -> None:
     server.script.text, server.script.tokens_per_output = "abcdefgh", 4
     stream = chunks(server.chat(stream=True))

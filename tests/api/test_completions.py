@@ -115,6 +115,18 @@ def test_echoed_logprobs_cover_prompt_and_output(server: LiveServer, stream: boo
     assert server.engine.submitted[0].params.prompt_logprobs == 1
 
 
+def test_echoed_logprobs_survive_output_that_is_held_back_at_first(server: LiveServer) -> None:
+    server.script.text = "abc"
+    choice = server.complete("us", logprobs=0, echo=True, stop="ax").json()["choices"][0]
+    assert choice["text"] == "usabc"
+    num_prompt = 1 + len(TOKENIZER.encode_text("us"))
+    assert len(choice["logprobs"]["tokens"]) > num_prompt
+    held_back = server.complete("us", logprobs=0, echo=True, stop="abcd", max_tokens=3).json()["choices"][0]
+    assert held_back["text"] == "usabc"
+    assert held_back["logprobs"]["token_logprobs"][0] is None
+    assert len(held_back["logprobs"]["tokens"]) > num_prompt
+
+
 def test_offsets_of_a_typed_bos_count_it(server: LiveServer) -> None:
     logprobs = server.complete("<bos>a", logprobs=0, echo=True, max_tokens=0).json()["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["<bos>", "a"]

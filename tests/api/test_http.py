@@ -216,18 +216,22 @@ def test_errors_and_streams_carry_a_request_id(server: LiveServer) -> None:
 def test_the_access_log_has_no_prompt_no_query_and_one_line(
     server: LiveServer, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def lines() -> list[str]:
+        ours = [record.getMessage() for record in caplog.records if record.name == "server.access"]
+        return [line for line in ours if line.endswith((" ms one", " ms two"))]
+
     with caplog.at_level(logging.DEBUG):
-        server.chat("CANARY", stream=True, user="CANARY", headers="CANARY")
-        server.http.get("/x%0a%1b[31m?q=CANARY", headers={"authorization": "Bearer CANARY"})
-        # The line is written after the answer is sent.
-        wait_until(lambda: sum(record.name == "server.access" for record in caplog.records) == 2)
-    lines = [record.getMessage() for record in caplog.records if record.name == "server.access"]
-    assert re.fullmatch(r"POST /v1/chat/completions 200 [\d.]+ ms [0-9a-f]{32}", lines[0])
-    assert lines[1].startswith("GET /x%0A%1B%5B31m 404 ")
-    ours = [
+        body = {"messages": [{"role": "user", "content": "CANARY"}], "user": "CANARY", "stream": True}
+        server.http.post("/v1/chat/completions", json=body, headers={"x-request-id": "one"})
+        server.http.get("/x%0a%1b[31m?q=CANARY", headers={"authorization": "CANARY", "x-request-id": "two"})
+        wait_until(lambda: len(lines()) == 2)  # written after the answer is sent
+    first, second = lines()
+    assert re.fullmatch(r"POST /v1/chat/completions 200 [\d.]+ ms one", first)
+    assert re.fullmatch(r"GET /x%0A%1B%5B31m 404 [\d.]+ ms two", second)
+    logged = [
         record.getMessage() for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))
     ]
-    assert "CANARY" not in "\n".join(ours)
+    assert "CANARY" not in "\n".join(logged)
 
 
 # --- keys --------------------------------------------------------------------------------------------------
@@ -362,7 +366,7 @@ def test_the_event_loop_does_not_stand_still_for_a_large_body(server: LiveServer
 
     def probe() -> None:
         with httpx.Client(base_url=server.url) as client:
-            while not over.is_set():
+            while not over.is_set() or not gaps:
                 started = time.monotonic()
                 client.get("/livez")
                 gaps.append(time.monotonic() - started)
@@ -375,4 +379,4 @@ def test_the_event_loop_does_not_stand_still_for_a_large_body(server: LiveServer
     finally:
         over.set()
         thread.join()
-    assert max(gaps) < 1
+    assert max(gaps) < 3  # far more than it takes, for the sake of busy machines

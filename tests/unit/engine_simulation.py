@@ -8,6 +8,7 @@ the scheduler did, the outputs must equal those of `generate_alone`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -193,4 +194,5 @@ def make_engine(
     config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_model_len, long_prefill_threshold)
     kv = KVCacheManager(groups, num_blocks, block_size, enable_prefix_caching, max_num_batched_tokens)
     model = SimulatedModel(groups, num_blocks, block_size)
-    return Engine(config, kv, model, Scheduler(config, kv, clock=lambda: 1.0), outputs={})
+    ticks = itertools.count(1)
+    return Engine(config, kv, model, Scheduler(config, kv, clock=lambda: float(next(ticks))), outputs={})

@@ -102,7 +102,7 @@ def test_a_prefix_hit_shortens_the_prefill_and_is_reported() -> None:
     assert (counts.prefix_cache_queries, counts.prefix_cache_hits) == (11, 8)
     [output] = engine.scheduler.update(batch, engine.model.execute(batch))
     assert output.num_cached_tokens == seq.num_cached_tokens == 8
-    assert output.scheduled_at == 1.0
+    assert output.scheduled_at == 2.0, "it was the second to be scheduled"
 
 
 @pytest.mark.parametrize("count", [2, 8])
@@ -130,20 +130,18 @@ def test_the_limits_of_a_step_are_checked() -> None:
 
 def test_memory_is_taken_from_the_later_half_with_the_fewest_computed_tokens() -> None:
     engine = make_engine(num_blocks=(11,), enable_prefix_caching=False, max_num_batched_tokens=64)
-    prompts = {"a": 8, "b": 4, "c": 12, "d": 7}  # 2 + 1 + 3 + 2 blocks, then one more for a, b and c
-    for number, (request_id, length) in enumerate(prompts.items()):
-        engine.add(make_request(request_id, [number] * length, max_tokens=30))
-    engine.step()
-    batch = engine.step()
-    assert batch.preempted == ()
+    for request_id, length, max_tokens in [("a", 8, 4), ("b", 4, 30), ("c", 7, 30), ("d", 12, 30)]:
+        engine.add(make_request(request_id, [ord(request_id)] * length, max_tokens))
     batch = engine.step()
     while not batch.preempted:
         batch = engine.step()
     [victim] = batch.preempted
-    assert victim.request_id == "d", "of c and d, it has less to compute again"
+    assert victim.request_id == "c", "of c and d, it has less to compute again"
     assert (victim.status, victim.num_computed, victim.block_tables) == (SequenceStatus.WAITING, 0, [])
-    assert victim.num_preemptions == 1
-    assert victim.num_generated > 0, "the tokens stay"
+    assert (victim.num_preemptions, victim.num_generated) == (1, 2), "the tokens stay"
+    while engine.scheduler.num_waiting:
+        assert engine.step().num_tokens > 0
+    assert [item[0] for item in planned(engine)] == ["b", "c", "d"], "it is back in its place"
 
 
 def test_nothing_is_admitted_in_a_step_that_preempts_and_the_victim_comes_back_before_newer_ones() -> None:
@@ -361,8 +359,9 @@ def test_prompt_logprobs_leave_once_with_the_first_token_whatever_was_preempted(
     assert (engine.num_preemptions > 0) == (num_blocks == 7)
 
 
-def test_a_sequence_is_recomputed_from_all_its_tokens_after_preemption() -> None:
-    engine = make_engine(num_blocks=(6,), enable_prefix_caching=False)
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_sequence_is_recomputed_from_all_its_tokens_after_preemption(caching: bool) -> None:
+    engine = make_engine(num_blocks=(8,), enable_prefix_caching=caching)
     requests = [make_request(name, [number] * 8, max_tokens=14) for number, name in enumerate("ab")]
     for request in requests:
         engine.add(request)
@@ -371,10 +370,16 @@ def test_a_sequence_is_recomputed_from_all_its_tokens_after_preemption() -> None
         restarts += [
             (item.start, item.num_new, item.seq.num_generated)
             for item in engine.step().sequences
-            if item.seq.num_preemptions and item.start == 0
+            if item.seq.num_preemptions and item.num_new > 1
         ]
-    assert any(num_new > 8 for _, num_new, _ in restarts), "prompt and generated tokens are computed again"
+    [(start, num_new, num_generated)] = restarts
+    assert start + num_new == 8 + num_generated - 1, "all but the token that this step samples"
+    assert start == (8 if caching else 0), "the other sequence took the tail of what was freed"
     for request in requests:
+        told = {
+            (output.num_cached_tokens, output.scheduled_at) for output in engine.outputs[request.request_id]
+        }
+        assert told == {(0, float(request.request_id == "b") + 1)}, "as when it was first scheduled"
         assert engine.generated(request.request_id) == generate_alone(request, 1000)[0]
 
 

@@ -44,7 +44,9 @@ def test_switches_can_be_turned_off() -> None:
         ([], {"GEMMA_SERVER_GPU_MEMORY_UTILIZATION": "7"}, "GEMMA_SERVER_GPU_MEMORY_UTILIZATION"),
     ],
 )
-def test_a_bad_value_is_named_with_its_source(arguments: list[str], environment: dict[str, str], named: str) -> None:
+def test_a_bad_value_is_named_with_its_source(
+    arguments: list[str], environment: dict[str, str], named: str
+) -> None:
     with pytest.raises(OptionError, match=named):
         load_config(arguments, environment)
 

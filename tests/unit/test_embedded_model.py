@@ -4,7 +4,9 @@ import errno
 import hashlib
 import os
 import sys
+import time
 import types
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -140,7 +142,16 @@ def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
         embedded_model.locate()
 
 
-def test_starts_at_the_same_time_put_it_together_once(package: FakePackage) -> None:
+def test_starts_at_the_same_time_put_it_together_once(
+    package: FakePackage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = embedded_model._blocks
+
+    def slow_blocks(path: Path) -> Iterator[bytes]:
+        time.sleep(0.02)
+        return blocks(path)
+
+    monkeypatch.setattr(embedded_model, "_blocks", slow_blocks)
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda _: embedded_model.locate(), range(8)))
     assert {path.read_bytes() for path in paths} == {CONTENT}
@@ -178,6 +189,21 @@ def test_the_licence_notice_is_shown_once_per_cache(
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     embedded_model.locate()
+    assert "Gemma Terms of Use" in capsys.readouterr().err
+
+
+def test_a_read_only_cache_serves_the_model_and_shows_the_notice(
+    package: FakePackage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = embedded_model.locate()
+    capsys.readouterr()
+    target.with_name(f"{target.name}.notice-shown").unlink()
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", read_only)
+    assert embedded_model.locate() == target
     assert "Gemma Terms of Use" in capsys.readouterr().err
 
 

@@ -337,6 +337,17 @@ def test_decoding_to_bfloat16_rounds_the_float32_values_once(encoded: tuple[Path
     assert torch.equal(decoded, expected.to(torch.bfloat16))
 
 
+def test_decoding_leaves_the_number_of_threads_as_it_was(encoded: tuple[Path, torch.Tensor]) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with GGUFFile.open(encoded[0]) as file:
+            read_tensor(file, file.tensors["t"], torch.float32, CPU)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("kind", [GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1, GGMLType.Q8_0])
 def test_a_tensor_that_the_reference_quantised_comes_back_close(kind: GGMLType) -> None:
     original = np.random.default_rng(0).normal(size=(8, 256)).astype(np.float32)

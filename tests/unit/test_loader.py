@@ -233,7 +233,15 @@ def test_weights_may_be_symbolic_links_as_in_the_hugging_face_cache(directory: P
 
 @pytest.mark.parametrize(
     "name",
-    ["../model.safetensors", "/etc/model.safetensors", "a/b.safetensors", "..", "a\\b.safetensors", "a\0.safetensors", "w.bin"],
+    [
+        "../model.safetensors",
+        "/etc/model.safetensors",
+        "a/b.safetensors",
+        "..",
+        "a\\b.safetensors",
+        "a\0.safetensors",
+        "w.bin",
+    ],
 )
 def test_an_index_cannot_lead_out_of_the_directory(directory: Path, name: str) -> None:
     write_json(directory / "model.safetensors.index.json", {"weight_map": {"model.norm.weight": name}})

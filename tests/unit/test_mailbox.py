@@ -15,8 +15,8 @@ from server.engine.types import (
     StepOutput,
     StepStats,
     Submit,
-    TokenLogprob,
     ToEngine,
+    TokenLogprob,
 )
 from server.frontend.client import EngineDeadError
 from server.frontend.mailbox import MailboxClient, merge
@@ -55,7 +55,11 @@ async def test_outputs_that_wait_are_merged_into_one() -> None:
     client.deliver(SequenceOutput(request_id="a", token_ids=[6], finish_reason=FinishReason.LENGTH))
     assert await reader == [
         SequenceOutput(
-            request_id="a", token_ids=[5, 6], finish_reason=FinishReason.LENGTH, num_cached_tokens=7, scheduled_at=1.0
+            request_id="a",
+            token_ids=[5, 6],
+            finish_reason=FinishReason.LENGTH,
+            num_cached_tokens=7,
+            scheduled_at=1.0,
         )
     ]
     assert client.sent == [Submit(make_request())]

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 8 << 20
 _MAX_SINGLE_ROWS = 5
 """Up to here, one product per row costs less than converting the matrix."""
 _ROW_TILE = 8

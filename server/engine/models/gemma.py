@@ -35,7 +35,7 @@ class GemmaModel:
     def __init__(self, config: GemmaConfig, backend: AnyBackend, weights: Mapping[str, Any]) -> None:
         """weights: prepared by the back end, under the names that `_PreparedWeights` gives them."""
         self.config = config
-        self._backend = backend
+        self.backend = backend
         self._eps = config.rms_norm_eps
         self._table = weights["embed_tokens.weight"]
         self._embedding_scale = embedding_scale(config.hidden_size, backend.dtype)
@@ -67,7 +67,7 @@ class GemmaModel:
 
         Returns the normalised hidden states of `inputs.output_rows`, [R, hidden].
         """
-        backend = self._backend
+        backend = self.backend
         step = backend.begin_step(inputs, self._attention_layers)
         residual = backend.embed(self._table, step.token_ids, self._embedding_scale)
         normed = backend.rms_norm(residual, self._input_norm, self._eps)
@@ -77,7 +77,7 @@ class GemmaModel:
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """[S, hidden] from `forward` -> [S, vocabulary] fp32. One row of a 256k vocabulary takes 1 MB."""
-        return self._backend.logits(hidden, self._table, self.config.final_softcap)
+        return self.backend.logits(hidden, self._table, self.config.final_softcap)
 
 
 def embedding_scale(hidden_size: int, dtype: torch.dtype) -> float:

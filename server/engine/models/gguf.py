@@ -142,12 +142,13 @@ class GGUFFile:
         """Fill `buffer` (writable bytes, a whole number of rows) with encoded rows from `first_row` on.
 
         Plain reads rather than a memory map: pages of a map count as resident memory, and a file that shrinks
-        under a map kills the process with SIGBUS. Raises GGUFError if the file has shrunk since it was opened.
+        under a map kills the process with SIGBUS. Several threads may call it. Raises GGUFError if the file has
+        shrunk since it was opened.
         """
-        self._file.seek(tensor.offset + first_row * tensor.row_bytes)
+        offset = tensor.offset + first_row * tensor.row_bytes
         filled = 0
         while filled < len(buffer):
-            count = self._file.readinto(buffer[filled:])
+            count = os.preadv(self._file.fileno(), [buffer[filled:]], offset + filled)
             if not count:
                 raise GGUFError(
                     f"{self.path.name}: the file ended inside tensor {tensor.name}; it was cut while being read"

@@ -1,0 +1,88 @@
+"""The server as its users run it: a process, a port, signals."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+START_SECONDS = 90.0
+
+
+class ServerProcess:
+    """`gemma-server serve` on a free port, with its log in a file."""
+
+    def __init__(self, model: Path | str, *options: str) -> None:
+        self._log = tempfile.NamedTemporaryFile(mode="w+", suffix=".log")  # noqa: SIM115  # closed by `close`
+        command = [sys.executable, "-m", "server", "serve", "--model", str(model), "--port", "0", *options]
+        self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
+
+    @property
+    def log(self) -> str:
+        return Path(self._log.name).read_text()
+
+    @property
+    def engine(self) -> psutil.Process:
+        (child,) = psutil.Process(self.process.pid).children()
+        return child
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60.0, **options)
+
+    def wait_ready(self) -> None:
+        """Waits for the port, then for the model. Fails with the log."""
+        port = self._until(lambda: re.search(r"running on http://127\.0\.0\.1:(\d+)", self.log), "a port")
+        self.url = f"http://127.0.0.1:{port[1]}"
+        with self.client() as client:
+            self._until(lambda: client.get("/readyz").status_code == 200, "readiness")
+
+    def wait_exit(self, seconds: float = 20.0) -> int:
+        return self.process.wait(seconds)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's series."""
+        with self.client() as client:
+            lines = client.get("/metrics").text.splitlines()
+        values = [float(line.rsplit(" ", 1)[1]) for line in lines if re.match(re.escape(name) + r"[{ ]", line)]
+        assert values, f"no metric {name}"
+        return sum(values)
+
+    def wait_metric(self, name: str, value: float, seconds: float = 10.0) -> None:
+        deadline = time.monotonic() + seconds
+        while (found := self.metric(name)) != value:
+            assert time.monotonic() < deadline, f"{name} is {found}, not {value}"
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+        self._log.close()
+
+    def _until(self, condition: Any, what: str) -> Any:
+        deadline = time.monotonic() + START_SECONDS
+        while not (found := condition()):
+            assert self.process.poll() is None, f"the server ended while {what} was awaited:\n{self.log}"
+            assert time.monotonic() < deadline, f"no {what} within {START_SECONDS} s:\n{self.log}"
+            time.sleep(0.05)
+        return found
+
+
+@contextmanager
+def running_server(model: Path | str, *options: str) -> Iterator[ServerProcess]:
+    server = ServerProcess(model, *options)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.close()
