@@ -10,6 +10,7 @@ and the scheduler takes the result in. Laws:
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -18,6 +19,8 @@ from server.batching import NeverFitsError, ScheduledBatch, Scheduler
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence
 from server.engine.types import FinishReason, GenerateRequest, SequenceOutput, StepOutput, StepStats
+
+logger = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -59,6 +62,13 @@ class EngineCore:
         """Advance every running sequence by one step."""
         started = self._clock()
         batch = self._scheduler.schedule()
+        for seq in batch.preempted:
+            logger.info(
+                "preempted request=%s tokens=%d preemptions=%d: the KV cache is full, it will be computed again",
+                seq.request_id,
+                seq.num_tokens,
+                seq.num_preemptions,
+            )
         sampled = self._runner.execute(batch) if batch.sequences else []
         outputs = self._scheduler.update(batch, sampled)
         finished = self._clock()

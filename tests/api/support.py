@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -211,7 +211,6 @@ class LiveServer:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx.Client(base_url=self.url, timeout=20)
-        self.loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def script(self) -> Script:
@@ -241,14 +240,9 @@ class LiveServer:
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
 
-    def run(self, work: Callable[[], Awaitable[Any]]) -> Any:
-        """Run in the server's event loop."""
-        assert self.loop is not None
-
-        async def call() -> Any:
-            return await work()
-
-        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(20)
+    def end(self) -> None:
+        """Tell the server to end; it does when its last answer is complete."""
+        self._server.should_exit = True
 
     def assert_idle(self) -> None:
         """Soon nothing runs and no permit is held."""
@@ -273,11 +267,7 @@ def live_server(*, loaded: bool = True, **options: Any) -> Iterator[LiveServer]:
         live = LiveServer(server, runtime, engine, port)
 
         def serve() -> None:
-            async def main() -> None:
-                live.loop = asyncio.get_running_loop()
-                await server.serve(sockets=[listener])
-
-            asyncio.run(main())
+            asyncio.run(server.serve(sockets=[listener]))
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
@@ -286,7 +276,7 @@ def live_server(*, loaded: bool = True, **options: Any) -> Iterator[LiveServer]:
             yield live
         finally:
             live.http.close()
-            server.should_exit = True
+            live.end()
             thread.join(10)
             assert not thread.is_alive()
 

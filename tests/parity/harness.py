@@ -159,7 +159,9 @@ class Engine:
         limits = SchedulerConfig(16, self.max_num_batched_tokens, 8192, self.chunk)
         self.scheduler = Scheduler(limits, self.manager, lambda: 0.0)
         sampler = Sampler(self.model.config.vocab_size, (), "cpu")
-        self.runner = ModelRunner(self.model, KVTensors(self.model.backend, groups, num_blocks, self.block_size), sampler)
+        self.runner = ModelRunner(
+            self.model, KVTensors(self.model.backend, groups, num_blocks, self.block_size), sampler
+        )
 
     def generate(self, requests: Iterable[GenerateRequest], arrive_every: int = 0) -> list[list[int]]:
         """Generated ids of each request. One arrives every `arrive_every` steps; 0: all at once."""

@@ -1,7 +1,7 @@
 """Greedy continuations through the real scheduler, KV manager, runner and sampler, against transformers.
 
-`assert_greedy` puts the whole continuation through transformers once, without a cache: each of the tokens must be
-its first choice at that place.
+`assert_greedy` puts the whole continuation through transformers once, without a cache: each of the tokens must
+be its first choice at that place.
 """
 
 from __future__ import annotations

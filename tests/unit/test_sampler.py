@@ -264,6 +264,17 @@ def test_top_k_keeps_exactly_k_tokens_and_of_equal_ones_the_lowest_ids():
     logits = torch.zeros(1, 1024)
     logits[0, 500] = 1.0
     assert support(logits, {"top_k": 4}) == {500, 0, 1, 2}
+    assert support(logits, {"top_k": 2}) == {500, 0}
+
+
+@pytest.mark.parametrize("params", [{"top_k": 64}, {"top_k": 40, "top_p": 0.9}, {"top_p": 0.5}, {"min_p": 0.2}])
+def test_a_peaked_row_is_searched_once(params, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("the first candidates were not enough")
+
+    monkeypatch.setattr(BlockedLogits, "at_least", refuse)
+    logits = -torch.arange(4096.0).roll(1000)[None] / 8
+    assert tokens(logits, [sequence(seed=1, **params)])[0] in range(1000, 1064)
 
 
 def test_top_k_of_the_vocabulary_or_more_cuts_nothing():

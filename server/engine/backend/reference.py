@@ -6,9 +6,11 @@ differently in bf16, this rounds later: norms, rotation, scores and soft-caps ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,11 +83,15 @@ class ReferenceBackend:
     def allocate_kv(self, group: KVGroupSpec, num_blocks: int, block_size: int) -> list[KVCache]:
         shape = (num_blocks + 1, block_size, group.num_kv_heads, group.head_dim)
 
-        # Zeros, because a masked slot is still multiplied by 0; on a CPU they take no memory until written.
-        def zeros() -> Tensor:
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return [KVCache(self._zeros(shape), self._zeros(shape)) for _ in group.layer_indices]
 
-        return [KVCache(zeros(), zeros()) for _ in group.layer_indices]
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """Zeros, because a masked slot is still multiplied by 0. On a CPU they take no memory until written:
+        numpy asks the system for zeroed pages, where torch.zeros would write them all."""
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        size = math.prod(shape) * self.dtype.itemsize
+        return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(self.dtype).view(shape)
 
     def begin_step(self, inputs: ModelInputs, attention_layers: Sequence[ReferenceAttention]) -> ReferenceStep:
         positions = torch.from_numpy(inputs.positions).to(self.device)

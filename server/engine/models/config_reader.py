@@ -333,5 +333,5 @@ def _rope(parameters: Mapping[str, Any]) -> _Rope:
     if rope_type == "default":
         return theta, 1.0
     if rope_type == "linear":
-        return theta, _positive_number("rope_scaling factor", parameters.get("factor"))
+        return theta, _positive_number("rope factor", parameters.get("factor"))
     raise _refusal("rope_type", rope_type, "supported are default and linear")

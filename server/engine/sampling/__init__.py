@@ -1,1 +1,1 @@
-"""From logits to tokens. `types` and `rng` are free of torch; importing this package imports nothing."""
+"""From logits to tokens. Importing the package imports nothing; `types`, `rng` and `draw` are free of torch."""

@@ -58,8 +58,7 @@ class BlockedLogits:
         return _candidates(values, ids, all_tokens=count == self.vocab_size)
 
     def at_least(self, row: int, bound: float) -> Candidates:
-        """All logits of one row that are >= `bound`; at least its largest must be. Sorts as many as there
-        are."""
+        """All logits of one row that are >= `bound`, sorted; the row's largest must be among them."""
         logits = self._blocks[row].flatten()
         ids = (logits >= bound).nonzero().squeeze(1)
         values, order = logits[ids].sort(descending=True, stable=True)

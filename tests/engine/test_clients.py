@@ -1,0 +1,134 @@
+"""The engine behind both of its clients: in a process of its own, and in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from server.engine.types import (
+    EngineConfig,
+    FinishReason,
+    GenerateRequest,
+    Loading,
+    SamplingParams,
+    SequenceOutput,
+    StepStats,
+)
+from server.frontend.client import EngineClient, EngineDeadError
+from server.frontend.inproc_client import InprocClient
+from server.frontend.mailbox import merge
+from server.frontend.process_client import ProcessClient
+
+
+class Watched:
+    """A started client, and what it reported."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self.client = client
+        self.loading: list[Loading] = []
+        self.steps: list[StepStats] = []
+        self.deaths: list[str] = []
+        client.on_loading = self.loading.append
+        client.on_step = self.steps.append
+        client.on_death = self.deaths.append
+
+    async def run(self, request: GenerateRequest) -> SequenceOutput:
+        whole: SequenceOutput | None = None
+        async for output in self.client.generate(request):
+            whole = output if whole is None else merge(whole, output)
+        assert whole is not None
+        return whole
+
+    async def wait_idle(self) -> None:
+        for _ in range(200):
+            if self.steps and self.steps[-1].num_running == self.steps[-1].num_waiting == 0:
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"the engine is not idle: {self.steps[-1]}")
+
+
+def make_request(
+    request_id: str, max_tokens: int = 8, prompt: tuple[int, ...] = (2, 70, 71)
+) -> GenerateRequest:
+    params = SamplingParams(max_tokens=max_tokens, seed=1, temperature=0.0)
+    return GenerateRequest(request_id=request_id, prompt_token_ids=list(prompt), params=params)
+
+
+def make_config(checkpoint: Path) -> EngineConfig:
+    return EngineConfig(model_path=str(checkpoint), dtype="float32", device="cpu", num_threads=1)
+
+
+@pytest.fixture(params=[ProcessClient, InprocClient])
+async def engine(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> AsyncGenerator[Watched, None]:
+    watched = Watched(request.param())
+    await watched.client.prepare()
+    info = await watched.client.start(make_config(tiny_checkpoint))
+    assert (info.device, info.dtype, info.max_model_len) == ("cpu", "float32", 512)
+    yield watched
+    await watched.client.stop()
+    assert watched.deaths == []
+
+
+async def test_each_sequence_gets_its_tokens_and_one_end(engine: Watched) -> None:
+    whole = await engine.run(make_request("a"))
+    assert len(whole.token_ids) == 8
+    assert whole.finish_reason is FinishReason.LENGTH
+    crowd = await asyncio.gather(*(engine.run(make_request(f"b{index}")) for index in range(5)))
+    assert {tuple(output.token_ids) for output in crowd} == {tuple(whole.token_ids)}
+    assert {loading.stage for loading in engine.loading} >= {"weights"}
+    assert sum(step.num_decode_tokens for step in engine.steps) == 6 * 7
+
+
+async def test_a_reader_that_stops_frees_the_sequence(engine: Watched) -> None:
+    stream = engine.client.generate(make_request("a", max_tokens=500))
+    await anext(stream)
+    await stream.aclose()
+    await engine.wait_idle()
+    assert engine.steps[-1].kv_usage == {"full": 0.0, "sliding": 0.0}
+    assert sum(step.num_decode_tokens for step in engine.steps) < 400
+
+
+async def test_what_can_never_fit_is_ended_with_a_reason(engine: Watched) -> None:
+    whole = await engine.run(make_request("a", prompt=(2,) * 512))
+    assert whole.finish_reason is FinishReason.ERROR
+    assert whole.error is not None
+    assert "512" in whole.error
+
+
+async def test_stopping_twice_is_stopping_once_and_ends_who_still_reads(engine: Watched) -> None:
+    reader = asyncio.create_task(engine.run(make_request("a", max_tokens=500)))
+    await asyncio.sleep(0.1)
+    await engine.client.stop()
+    await engine.client.stop()
+    with pytest.raises(EngineDeadError):
+        await reader
+
+
+@pytest.mark.parametrize("kind", [ProcessClient, InprocClient])
+async def test_a_model_that_cannot_be_loaded_is_an_error_with_the_reason(
+    kind: type[ProcessClient | InprocClient], tmp_path: Path
+) -> None:
+    watched = Watched(kind())
+    await watched.client.prepare()
+    with pytest.raises(EngineDeadError, match=r"config\.json"):
+        await watched.client.start(make_config(tmp_path))
+    await watched.client.stop()
+    assert watched.deaths == []
+
+
+async def test_a_killed_engine_is_noticed(tiny_checkpoint: Path) -> None:
+    watched = Watched(ProcessClient())
+    await watched.client.prepare()
+    await watched.client.start(make_config(tiny_checkpoint))
+    reader = asyncio.create_task(watched.run(make_request("a", max_tokens=500)))
+    await asyncio.sleep(0.2)
+    assert watched.client.pid is not None
+    psutil.Process(watched.client.pid).kill()
+    with pytest.raises(EngineDeadError, match="signal 9"):
+        await reader
+    assert watched.deaths == ["the engine process ended with signal 9"]
+    await watched.client.stop()
