@@ -62,7 +62,10 @@ class PromptRows:
 
 
 def missing_prompt_rows(scheduled: ScheduledSequence) -> PromptRows | None:
-    """Which of this step's rows give entries that the sequence's prompt_logprobs lack; None if none do."""
+    """Which of this step's rows (perhaps none) give entries that the sequence's prompt_logprobs lack.
+
+    None if the sequence wants no such entries, or no more.
+    """
     seq = scheduled.seq
     # The prompt's logprobs leave with the first token; a sequence recomputed after that needs them no more.
     if seq.params.prompt_logprobs is None or seq.num_generated > 0:
@@ -70,7 +73,7 @@ def missing_prompt_rows(scheduled: ScheduledSequence) -> PromptRows | None:
     # The entry of token p comes from the row of p - 1; entry 0 is None.
     first = max(scheduled.start, len(seq.prompt_logprobs) - 1, 0)
     end = min(scheduled.start + scheduled.num_new, seq.num_prompt_tokens - 1)
-    return PromptRows(scheduled, first, end - first) if end > first else None
+    return PromptRows(scheduled, first, max(0, end - first))
 
 
 def build_inputs(
