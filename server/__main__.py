@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,8 +13,7 @@ from server import __version__
 from server.config import OptionError, load_config
 
 EXIT_BAD_USAGE = 2
-EXIT_BAD_CONFIG = 78
-"""sysexits.h EX_CONFIG: starting again with the same options would fail again."""
+"""As argparse has it."""
 
 USAGE = """\
 usage: gemma-server COMMAND [options]
@@ -43,7 +43,7 @@ def serve(arguments: Sequence[str]) -> int:
         config = load_config(arguments)
     except OptionError as error:
         print(f"gemma-server: {error}", file=sys.stderr)
-        return EXIT_BAD_CONFIG
+        return os.EX_CONFIG  # starting again with the same options would fail again
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
 
     import uvicorn  # after the options are known to be good: `--help` and mistakes answer at once

@@ -18,13 +18,11 @@ import itertools
 from bisect import insort
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
+from server.engine.kv_cache.manager import KVCacheManager
+from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence, SequenceStatus
 from server.engine.types import FinishReason, SequenceOutput
-
-if TYPE_CHECKING:
-    from server.engine.sampling.types import SampledToken
 
 SPARE_FOR_RUNNING = 0.01
 """Share of each pool that admissions leave free, lest the growth of what runs preempts them at once."""
@@ -90,24 +88,10 @@ class StepCounts:
     """Those of them that were found there."""
 
 
-class KVCache(Protocol):
-    """What the scheduler asks of `kv_cache.manager.KVCacheManager`."""
-
-    def max_sequence_tokens(self) -> int: ...
-    def has_room(self, seq: Sequence, num_cached: int, spare: float) -> bool: ...
-    def usage(self) -> dict[str, float]: ...
-    def uses_prefix_cache(self, seq: Sequence) -> bool: ...
-    def find_cached_prefix(self, seq: Sequence) -> int: ...
-    def allocate(self, seq: Sequence, num_cached: int, num_new: int) -> bool: ...
-    def commit(self, seq: Sequence) -> None: ...
-    def free(self, seq: Sequence) -> None: ...
-    def discard(self, seq: Sequence) -> None: ...
-
-
 class Scheduler:
     """Alternate `schedule` and `update`; `add` and `abort` may come at any time between calls."""
 
-    def __init__(self, config: SchedulerConfig, kv: KVCache, clock: Callable[[], float]) -> None:
+    def __init__(self, config: SchedulerConfig, kv: KVCacheManager, clock: Callable[[], float]) -> None:
         """`clock` gives monotonic seconds, for `Sequence.scheduled_at`."""
         self._config = config
         self._kv = kv
@@ -145,7 +129,7 @@ class Scheduler:
         """End a sequence, wherever it is; its blocks are free at once. None if no such sequence lives."""
         seq = self._sequences.get(request_id)
         if seq is not None:
-            self._retire(seq, FinishReason.ABORT)
+            self._retire(seq)
         return seq
 
     def has_work(self) -> bool:
@@ -284,7 +268,7 @@ class Scheduler:
         seq.token_ids.append(token.token_id)
         reason = self._finish_reason(seq)
         if reason is not None:
-            self._retire(seq, reason)
+            self._retire(seq)
         is_first = seq.num_generated == 1
         prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, []
         return SequenceOutput(
@@ -314,7 +298,7 @@ class Scheduler:
         self._failed.append(self._end(seq, FinishReason.ERROR, error=error))
 
     def _end(self, seq: Sequence, reason: FinishReason, error: str) -> SequenceOutput:
-        self._retire(seq, reason)
+        self._retire(seq)
         return SequenceOutput(
             request_id=seq.request_id,
             finish_reason=reason,
@@ -323,12 +307,11 @@ class Scheduler:
             error=error,
         )
 
-    def _retire(self, seq: Sequence, reason: FinishReason) -> None:
+    def _retire(self, seq: Sequence) -> None:
         """The only way out."""
         (self._running if seq.status is SequenceStatus.RUNNING else self._waiting).remove(seq)
         del self._sequences[seq.request_id], self._ranks[seq]
         seq.status = SequenceStatus.FINISHED
-        seq.finish_reason = reason
         self._kv.free(seq)
 
 

@@ -12,7 +12,7 @@ import argparse
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,17 +121,19 @@ def load_config(arguments: Sequence[str], environment: Mapping[str, str] | None 
     """
     environment = os.environ if environment is None else environment
     given = vars(_parser().parse_args(arguments))
-    config_file = given.pop("config", None) or environment.get(f"{ENV_PREFIX}CONFIG")
+    config_file = given.pop("config", None) or environment.get(variable_name("config"))
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for source, found in (
-        (f"{config_file}: ", _from_file(config_file) if config_file else {}),
-        ("environment variable ", _from_environment(environment)),
-        ("", given),
-    ):
+
+    def take(found: Mapping[str, Any], source: Callable[[str], str]) -> None:
         for name, value in found.items():
             values[name] = value
-            sources[name] = _spelling(source, name)
+            sources[name] = source(name)
+
+    if config_file:
+        take(_from_file(config_file), lambda name: f"{config_file}: {name}")
+    take(_from_environment(environment), lambda name: f"environment variable {variable_name(name)}")
+    take(given, option_name)
     try:
         return ServerConfig(**values)
     except ValidationError as error:
@@ -146,20 +148,18 @@ def option_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
-def _spelling(source: str, name: str) -> str:
-    if not source:
-        return option_name(name)
-    return f"{source}{ENV_PREFIX}{name.upper()}" if source.startswith("environment") else f"{source}{name}"
+def variable_name(field_name: str) -> str:
+    return ENV_PREFIX + field_name.upper()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gemma-server serve", argument_default=argparse.SUPPRESS)
     parser.add_argument(
-        "--config", metavar="FILE", help=f"YAML file with options as keys. [env {ENV_PREFIX}CONFIG]"
+        "--config", metavar="FILE", help=f"YAML file with options as keys. [env {variable_name('config')}]"
     )
     for name, field in ServerConfig.model_fields.items():
         default = "" if field.default in (None, []) else f" Default: {field.default}."
-        text = f"{field.description}{default} [env {ENV_PREFIX}{name.upper()}]".replace("%", "%%")
+        text = f"{field.description}{default} [env {variable_name(name)}]".replace("%", "%%")
         if field.annotation is bool:
             parser.add_argument(option_name(name), action=argparse.BooleanOptionalAction, help=text)
         elif _is_list(field):
@@ -185,7 +185,7 @@ def _metavar(field: FieldInfo) -> str:
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, field in ServerConfig.model_fields.items():
-        value = environment.get(ENV_PREFIX + name.upper())
+        value = environment.get(variable_name(name))
         if value is not None:
             found[name] = value.split(",") if _is_list(field) else value
     return found

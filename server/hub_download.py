@@ -47,7 +47,6 @@ def fetch(
     file: str | None,
     revision: str,
     cache_dir: Path | None,
-    token: str | None,
     progress: Callable[[DownloadProgress], None],
 ) -> Path:
     """Have `file` of a repository, or else the files that make up its model, in the cache.
@@ -56,7 +55,7 @@ def fetch(
     """
     endpoint = constants.ENDPOINT
     try:
-        return _Repository(repo, revision, cache_dir, token).fetch(file, progress)
+        return _Repository(repo, revision, cache_dir).fetch(file, progress)
     except errors.GatedRepoError as error:
         reason = (
             f"{repo} is gated: accept the licence at {endpoint}/{repo} and set HF_TOKEN to a token of the "
@@ -98,17 +97,14 @@ def fetch(
 class _Repository:
     """A repository of the hub at one revision. Its methods raise the library's errors."""
 
-    def __init__(self, repo: str, revision: str, cache_dir: Path | None, token: str | None) -> None:
+    def __init__(self, repo: str, revision: str, cache_dir: Path | None) -> None:
         self._repo = repo
         self._revision = revision
         self._cache_dir = cache_dir
-        self._token = token
 
     def fetch(self, file: str | None, progress: Callable[[DownloadProgress], None]) -> Path:
         try:
-            info = hub.HfApi(token=self._token).model_info(
-                self._repo, revision=self._revision, files_metadata=True
-            )
+            info = hub.model_info(self._repo, revision=self._revision, files_metadata=True)
         except (OSError, HTTPError) as error:
             if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
                 raise
@@ -165,7 +161,6 @@ class _Repository:
                     # Given by name once, so that the library notes its commit, for starts without the network.
                     revision=self._revision if index == 0 else commit,
                     cache_dir=self._cache_dir,
-                    token=self._token,
                     tqdm_class=_bar_class(counter.add),
                 )
                 directory = Path(path).parent

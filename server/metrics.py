@@ -9,16 +9,12 @@ Laws:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from server import __version__
 from server.engine.types import FinishReason, StepStats
-
-if TYPE_CHECKING:
-    from server.frontend.served_model import ServedModel
+from server.frontend.served_model import ServedModel
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -116,7 +112,7 @@ class Metrics:
         ).labels(name, "0", str(info.block_size), str(min(info.num_blocks.values(), default=0))).set(1)
 
     def record_step(self, stats: StepStats) -> None:
-        """Called for every step of the engine; those before `set_model` are its warm-up."""
+        """Called for every step of the engine. It makes none before `set_model`: nobody can ask for one."""
         if self._engine is not None:
             self._engine.record(stats)
 

@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 EMBEDDED = "embedded"
 
@@ -43,7 +42,6 @@ class DownloadProgress:
 class ModelFiles:
     path: Path
     """The .gguf file, or the directory that holds config.json and *.safetensors."""
-    kind: Literal["gguf", "directory"]
     tokenizer_file: Path | None
     """tokenizer.json of a directory; None: the vocabulary is in the GGUF file."""
     name: str
@@ -51,30 +49,28 @@ class ModelFiles:
 
 
 def resolve(
-    model: str | None,
+    model: str,
     revision: str | None = None,
     download_dir: Path | None = None,
-    hf_token: str | None = None,
     progress: Callable[[DownloadProgress], None] = lambda _: None,
 ) -> ModelFiles:
-    """Find the files of `model`: a directory, a .gguf file, `embedded` (also None), or a Hugging Face id.
+    """Find the files of `model`: a directory, a .gguf file, `embedded`, or a Hugging Face id.
 
     An id is `org/name`, or `org/name:file.gguf` for one file of a repository; `revision` is its branch, tag or
-    commit. `download_dir` replaces the Hugging Face cache, `hf_token` the token that the library finds itself
-    (HF_TOKEN or a stored login). HF_ENDPOINT and HF_HUB_OFFLINE are honoured. `progress` is called while files
-    are downloaded; blocks for as long as that takes. Raises ModelSourceError.
+    commit. `download_dir` replaces the Hugging Face cache. `progress` is called while files are downloaded;
+    blocks for as long as that takes. Raises ModelSourceError.
     """
-    if model is None or model == EMBEDDED:
+    if model == EMBEDDED:
         from server import embedded_model  # which imports this module
 
-        return ModelFiles(embedded_model.locate(), "gguf", None, embedded_model.MODEL_NAME)
+        return ModelFiles(embedded_model.locate(), None, embedded_model.MODEL_NAME)
     path = Path(os.path.expanduser(model))
     if model and path.is_dir():
         return _in_directory(path, path.resolve().name)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelSourceError(f"--model {model}: a model file must be a .gguf file; or give its directory")
-        return ModelFiles(path, "gguf", None, path.stem)
+        return ModelFiles(path, None, path.stem)
     match = _HUB_ID.fullmatch(model)
     if match is None or ".." in model:
         raise ModelSourceError(
@@ -86,9 +82,9 @@ def resolve(
     from server import hub_download  # which imports this module
 
     repo, file = match["repo"], match["file"]
-    directory = hub_download.fetch(repo, file, revision or "main", download_dir, hf_token, progress)
+    directory = hub_download.fetch(repo, file, revision or "main", download_dir, progress)
     if file is not None:
-        return ModelFiles(directory / file, "gguf", None, repo)
+        return ModelFiles(directory / file, None, repo)
     return _in_directory(directory, repo)
 
 
@@ -98,7 +94,7 @@ def _in_directory(directory: Path, name: str) -> ModelFiles:
     has_config = (directory / "config.json").exists()
     if not has_config and not any(directory.glob("*.safetensors")):
         if len(gguf_files) == 1:
-            return ModelFiles(directory / gguf_files[0], "gguf", None, name)
+            return ModelFiles(directory / gguf_files[0], None, name)
         found = (
             "several .gguf files, name one of them" if gguf_files else "neither config.json nor a .gguf file"
         )
@@ -110,4 +106,4 @@ def _in_directory(directory: Path, name: str) -> ModelFiles:
             f"{name}: tokenizer.json is missing from the model directory; transformers can write it: "
             "AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)"
         )
-    return ModelFiles(directory, "directory", directory / "tokenizer.json", name)
+    return ModelFiles(directory, directory / "tokenizer.json", name)

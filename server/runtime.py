@@ -8,10 +8,14 @@ the model is found and its tokenizer is read.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import enum
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from server.cache_directory import cache_directory
 from server.config import ServerConfig
@@ -29,17 +33,14 @@ from server.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-EXIT_ENGINE_DIED = 70
-"""sysexits.h EX_SOFTWARE"""
-EXIT_CANNOT_SERVE = 78
-"""sysexits.h EX_CONFIG"""
+_Result = TypeVar("_Result")
 
 
 class Phase(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
     FAILED = "failed"
-    """The engine could not start, or died."""
+    """The engine could not start, or died. For good: no other phase follows."""
 
 
 class Runtime:
@@ -76,12 +77,18 @@ class Runtime:
         started = time.monotonic()
         try:
             await self.client.prepare()
-            files = await asyncio.to_thread(self._resolve)
+            files = await _in_daemon_thread(self._resolve)
             self._on_loading(Loading("tokenizer", 0.0))
-            tokenizer, model_config = await asyncio.to_thread(_read_model, files)
+            tokenizer, model_config = await _in_daemon_thread(lambda: _read_model(files))
             info = await self.client.start(self._engine_config(files, tokenizer, model_config))
         except (ModelSourceError, EngineDeadError, ValueError, OSError) as error:
-            self._fail(str(error), EXIT_CANNOT_SERVE)
+            self._fail(str(error), os.EX_CONFIG)
+            return
+        except Exception:  # a bug: unless it ends the server, the probes say "starting" for ever
+            logger.exception("unexpected error")
+            self._fail("the model cannot be loaded", os.EX_SOFTWARE)
+            return
+        if self.phase is Phase.FAILED:  # the engine died right behind its answer
             return
         names = tuple(self.config.served_model_name) or (files.name,)
         self.model = ServedModel(
@@ -96,10 +103,12 @@ class Runtime:
         seconds = time.monotonic() - started
         self.metrics.set_model(self.model, seconds)
         logger.info(
-            "serving %s on %s in %s after %.1f s: %d tokens of context, %d MiB of weights, %d MiB of KV cache",
+            "serving %s on %s in %s (%s back end) after %.1f s: %d tokens of context, %d MiB of weights, "
+            "%d MiB of KV cache",
             names[0],
             info.device,
             info.dtype,
+            info.backend,
             seconds,
             info.max_model_len,
             info.weight_bytes >> 20,
@@ -124,9 +133,12 @@ class Runtime:
         self.fraction = loading.fraction
 
     def _on_death(self, reason: str) -> None:
-        self._fail(reason, EXIT_ENGINE_DIED)
+        self._fail(reason, os.EX_CONFIG if self.model is None else os.EX_SOFTWARE)
 
     def _fail(self, reason: str, exit_code: int) -> None:
+        """Only the first failure counts: one can be met both as the engine's death and by the load."""
+        if self.phase is Phase.FAILED:
+            return
         logger.error("%s", reason)
         self.phase = Phase.FAILED
         self.stage = reason
@@ -152,6 +164,21 @@ class Runtime:
             num_threads=config.num_threads,
             suppress_token_ids=tuple(tokenizer.unsampleable_ids(model_config.vocab_size)),
         )
+
+
+async def _in_daemon_thread(work: Callable[[], _Result]) -> _Result:
+    """As `asyncio.to_thread`, but the process can end meanwhile: a download may take an hour."""
+    done: concurrent.futures.Future[_Result] = concurrent.futures.Future()
+    done.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # whatever it is, it is raised again where the result is awaited
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await asyncio.wrap_future(done)
 
 
 def _read_model(files: ModelFiles) -> tuple[Tokenizer, GemmaConfig]:

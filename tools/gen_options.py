@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from server.config import ENV_PREFIX, ServerConfig, option_name
+from server.config import ENV_PREFIX, ServerConfig, option_name, variable_name
 
 OPTIONS_PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 
@@ -46,7 +46,7 @@ def options_page() -> str:
 def _row(name: str, field: FieldInfo) -> str:
     cells = (
         f"`{option_name(name)}`",
-        f"`{ENV_PREFIX}{name.upper()}`",
+        f"`{variable_name(name)}`",
         _value(field.annotation),
         _default(field.default),
         (field.description or "").replace("|", "\\|"),

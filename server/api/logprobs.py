@@ -9,15 +9,10 @@ from server.api.responses import ChatLogprobs, ChatTokenLogprob, CompletionLogpr
 from server.engine.types import TokenLogprob
 from server.tokenizer import BYTE_REPLACEMENT, Tokenizer
 
-FLOOR = -9999.0
-"""Stands for minus infinity, which JSON has no number for, as in vLLM."""
-
 
 def chat_logprobs(tokens: Iterable[TokenLogprob], tokenizer: Tokenizer) -> ChatLogprobs:
     def entry(token_id: int, logprob: float) -> TopLogprob:
-        return TopLogprob(
-            tokenizer.token_text(token_id), _floored(logprob), list(tokenizer.token_bytes(token_id))
-        )
+        return TopLogprob(tokenizer.token_text(token_id), logprob, list(tokenizer.token_bytes(token_id)))
 
     content = []
     for token in tokens:
@@ -68,11 +63,11 @@ class CompletionLogprobsWriter:
             written.token_logprobs.append(None)
             written.top_logprobs.append(None)
             return
-        written.token_logprobs.append(_floored(logprob.logprob))
+        written.token_logprobs.append(logprob.logprob)
         top: dict[str, float] = {}
         # Two tokens may have one text; the likelier comes first and stays.
         for alternative, value in (*logprob.top, (token_id, logprob.logprob)):
-            top.setdefault(self._tokenizer.token_text(alternative), _floored(value))
+            top.setdefault(self._tokenizer.token_text(alternative), value)
         written.top_logprobs.append(top)
 
 
@@ -81,8 +76,3 @@ def extend(whole: CompletionLogprobs, part: CompletionLogprobs) -> None:
     whole.token_logprobs += part.token_logprobs
     whole.top_logprobs += part.top_logprobs
     whole.text_offset += part.text_offset
-
-
-def _floored(logprob: float) -> float:
-    # `not >`: a NaN must not reach JSON either.
-    return logprob if logprob > FLOOR else FLOOR

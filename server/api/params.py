@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from server.api.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
 from server.engine.types import SamplingParams
 from server.errors import InvalidRequestError
+from server.frontend.admission import check_token_ids
 from server.frontend.request_state import StopConditions
 from server.frontend.served_model import ServedModel
 
@@ -15,8 +16,6 @@ DEFAULT_TEMPERATURE = 1.0
 DEFAULT_TOP_P = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's defaults."""
-GREEDY_BELOW = 1e-5
-"""A lower temperature is taken for 0, as in vLLM: it would only overflow."""
 SEED_BITS = 64
 
 
@@ -72,11 +71,10 @@ def choices_of_prompt(
             f"'min_tokens' is {min_tokens}, more than the {max_tokens} tokens that may be generated.",
             param="min_tokens",
         )
-    _check_ids(body.logit_bias, model.info.vocab_size, "logit_bias")
+    check_token_ids(body.logit_bias, model.info, "logit_bias")
     own_stops = tuple(body.stop_token_ids or ())
-    _check_ids(own_stops, model.info.vocab_size, "stop_token_ids")
+    check_token_ids(own_stops, model.info, "stop_token_ids")
     model_stops = () if body.ignore_eos else model.stop_token_ids
-    temperature = _or(body.temperature, DEFAULT_TEMPERATURE)
     stop = StopConditions(
         strings=body.stop,
         include_in_output=bool(body.include_stop_str_in_output),
@@ -90,7 +88,7 @@ def choices_of_prompt(
                 max_tokens=max_tokens,
                 seed=(first_seed + index) % 2**SEED_BITS,
                 min_tokens=min_tokens,
-                temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
+                temperature=_or(body.temperature, DEFAULT_TEMPERATURE),
                 top_p=_or(body.top_p, DEFAULT_TOP_P),
                 top_k=min(max(body.top_k or 0, 0), model.info.vocab_size),
                 min_p=body.min_p or 0.0,
@@ -111,15 +109,6 @@ def choices_of_prompt(
 def _check_logprobs(value: int, limit: int, param: str) -> None:
     if value > limit:
         raise InvalidRequestError(f"'{param}' must be at most {limit}, got {value}.", param=param)
-
-
-def _check_ids(ids: tuple[int, ...] | dict[int, float], vocab_size: int, param: str) -> None:
-    for token_id in ids:
-        if not 0 <= token_id < vocab_size:
-            raise InvalidRequestError(
-                f"'{param}' holds the token id {token_id}; this model's ids are 0 to {vocab_size - 1}.",
-                param=param,
-            )
 
 
 def _or(value: float | None, default: float) -> float:

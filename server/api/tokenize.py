@@ -44,6 +44,5 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     body, headers = await read_body(request, DetokenizeRequest)
     model = served_model(runtime_of(request), body.model)
-    if body.tokens:
-        check_token_ids(body.tokens, model.info, "tokens")
+    check_token_ids(body.tokens, model.info, "tokens")
     return json_response(Text(model.tokenizer.decode(body.tokens, skip_special_tokens=False)), headers=headers)

@@ -68,7 +68,6 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[EngineCore, 
 
 
 def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, EngineInfo]:
-    started = time.monotonic()
     device = resolve_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or default_num_threads())
@@ -133,7 +132,6 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
         num_blocks={group.name: count for group, count in zip(groups, num_blocks, strict=True)},
         kv_cache_bytes=kv.num_bytes,
         weight_bytes=weight_bytes,
-        load_seconds=time.monotonic() - started,
     )
     return EngineCore(scheduler, runner), info
 

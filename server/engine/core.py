@@ -64,7 +64,7 @@ class EngineCore:
         batch = self._scheduler.schedule()
         for seq in batch.preempted:
             logger.info(
-                "preempted request=%s tokens=%d preemptions=%d: the KV cache is full, it will be computed again",
+                "preempted request=%s tokens=%d preemptions=%d: no KV block is free, it will be computed again",
                 seq.request_id,
                 seq.num_tokens,
                 seq.num_preemptions,

@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import gc
 import logging
+import os
 import queue
 import signal
 import socket
@@ -29,9 +30,6 @@ logger = logging.getLogger(__name__)
 Inbox = queue.SimpleQueue[ToEngine | None]
 """What the front sent, in order; None when it has closed."""
 
-EXIT_CANNOT_START = 78
-"""sysexits.h EX_CONFIG: the configuration or the model cannot be served, so a restart would not help."""
-
 
 def serve(inbox: Inbox, send: Callable[[FromEngine], None]) -> int:
     """Load what the first message says, then run until the inbox ends. Returns the exit code.
@@ -48,7 +46,7 @@ def serve(inbox: Inbox, send: Callable[[FromEngine], None]) -> int:
         core, info = build_engine(start.config, lambda stage, fraction: send(Loading(stage, fraction)))
     except StartError as error:
         send(Failed(str(error)))
-        return EXIT_CANNOT_START
+        return os.EX_CONFIG  # which a restart would not help
     # What lives now lives for good; later collections need not walk it.
     gc.collect()
     gc.freeze()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from server.engine.types import FinishReason, GenerateRequest, SamplingParams, TokenLogprob
+from server.engine.types import GenerateRequest, SamplingParams, TokenLogprob
 
 
 class SequenceStatus(enum.Enum):
@@ -38,7 +38,6 @@ class Sequence:
     """Prompt tokens found in the prefix cache when the sequence was first scheduled."""
     num_preemptions: int = 0
     scheduled_at: float = 0.0
-    finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     """Grows with the prefill, where asked for."""
 

@@ -40,7 +40,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: int = 0
     """`stop_token_ids` cannot be sampled before so many tokens were generated."""
     temperature: float = 1.0
-    """0 means greedy."""
+    """0 means greedy, as does what is too small to divide by."""
     top_p: float = 1.0
     top_k: int = 0
     """0 means off."""
@@ -66,8 +66,6 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     cache_salt: str = ""
     """Sequences share cached prefixes only under one salt."""
-    arrival: float = 0.0
-    """`time.monotonic()` seconds at which the front received the request."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,7 +115,6 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Usable blocks in the KV pool of each attention type, by name ("full", "sliding")."""
     kv_cache_bytes: int
     weight_bytes: int
-    load_seconds: float
 
 
 # --- front -> engine ---------------------------------------------------------------------------------------
@@ -142,7 +139,10 @@ ToEngine = Start | Submit | Abort
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """The natural-log probability of one chosen token and of its likeliest alternatives."""
+    """The natural-log probability of one chosen token and of its likeliest alternatives.
+
+    All are finite, as JSON needs them: -9999.0 stands for minus infinity.
+    """
 
     token_id: int
     logprob: float

@@ -8,7 +8,7 @@ Laws:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from server.engine.types import EngineInfo
 from server.errors import ContextLengthError, InvalidRequestError, QueueFullError
@@ -63,11 +63,9 @@ def check_text_length(num_chars: int, max_model_len: int, param: str) -> None:
         )
 
 
-def check_token_ids(token_ids: Sequence[int], info: EngineInfo, param: str) -> None:
-    """Refuse a prompt without tokens or with ids that the model has no embedding for."""
-    if not token_ids:
-        raise InvalidRequestError(f"'{param}' must hold at least one token.", param=param)
-    for token_id in (min(token_ids), max(token_ids)):
+def check_token_ids(token_ids: Collection[int], info: EngineInfo, param: str) -> None:
+    """Refuse ids that the model has no embedding for."""
+    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < info.vocab_size:
             raise InvalidRequestError(
                 f"'{param}' holds the token id {token_id}; this model's ids are 0 to {info.vocab_size - 1}.",

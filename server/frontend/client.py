@@ -22,10 +22,6 @@ class EngineClient(Protocol):
     on_death: Callable[[str], None]
     """Called once, with the reason, if the engine ends without having been asked to."""
 
-    @property
-    def pid(self) -> int | None:
-        """The process that the engine runs in, if it has one of its own."""
-
     async def prepare(self) -> None:
         """Begin what takes time and does not depend on the model; call before `start`."""
 

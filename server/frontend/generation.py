@@ -163,7 +163,6 @@ class _Choice:
             prompt_token_ids=self.request.prompt_token_ids,
             params=self.request.sampling,
             cache_salt=self._cache_salt,
-            arrival=self._arrival,
         )
         try:
             # Closing the engine's outputs early, as after a stop string, aborts the sequence.

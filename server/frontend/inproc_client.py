@@ -18,10 +18,6 @@ class InprocClient(MailboxClient):
         self._inbox: engine_loop.Inbox = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    @property
-    def pid(self) -> int | None:
-        return None
-
     async def prepare(self) -> None:
         """Nothing: the thread starts with `start`."""
 

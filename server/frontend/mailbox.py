@@ -94,9 +94,9 @@ class MailboxClient(abc.ABC):
         if self._dead is not None:
             raise EngineDeadError(self._dead)
         mailbox = self._mailboxes[request.request_id] = _Mailbox()
-        self._send(Submit(request))
         finished = False
         try:
+            self._send(Submit(request))
             while not finished:
                 output = await mailbox.get()
                 finished = output.finish_reason is not None

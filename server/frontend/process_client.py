@@ -7,6 +7,7 @@ message to lose and no heartbeat to tune.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from server.engine import transport
 from server.engine.types import EngineConfig, EngineInfo, Start, ToEngine
 from server.frontend.client import EngineDeadError
 from server.frontend.mailbox import MailboxClient
+
+logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 5.0
 """How long a child may take to end after its socket was closed, before it is killed."""
@@ -27,10 +30,6 @@ class ProcessClient(MailboxClient):
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._receiving: asyncio.Task[None] | None = None
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
 
     async def prepare(self) -> None:
         ours, theirs = socket.socketpair()
@@ -78,6 +77,9 @@ class ProcessClient(MailboxClient):
             assert self._process is not None
             code = await asyncio.to_thread(self._process.wait)
             self._die(f"the engine process ended with {_describe(code)}")
+        except Exception:  # a bug; with nobody to receive, every request would wait for ever
+            logger.exception("the engine's messages cannot be taken in")
+            self._die("the engine cannot be understood")
 
 
 def _describe(code: int) -> str:

@@ -56,12 +56,10 @@ class RequestState:
     - Exactly one delta has a finish_reason, and none follows it.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, stop: StopConditions | None = None, skip_special_tokens: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: StopConditions) -> None:
         """Raises ValueError for an empty stop string."""
-        self._stop = stop if stop is not None else StopConditions()
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
+        self._stop = stop
+        self._detokenizer = Detokenizer(tokenizer)
         self._matchers = [_StopMatcher(string) for string in self._stop.strings]
         self._tokens: deque[_HeldToken] = deque()
         self._held_text = ""  # the text from self._released on

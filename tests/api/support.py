@@ -73,10 +73,6 @@ class FakeEngineClient:
         self.aborted: list[str] = []
         self.is_stopped = False
 
-    @property
-    def pid(self) -> int | None:
-        return None
-
     async def prepare(self) -> None: ...
 
     async def start(self, config: EngineConfig) -> EngineInfo:
@@ -155,7 +151,7 @@ class FakeEngineClient:
                 yield END_OF_TURN
 
     def _logprob(self, token_id: int, num_top: int) -> TokenLogprob:
-        top = [(token_id, self.script.logprob), (EOS, float("-inf"))][:num_top]
+        top = [(token_id, self.script.logprob), (EOS, -9999.0)][:num_top]
         return TokenLogprob(token_id=token_id, logprob=self.script.logprob, top=top)
 
 
@@ -195,7 +191,6 @@ def make_info() -> EngineInfo:
         num_blocks={"full": 40, "sliding": 20},
         kv_cache_bytes=1,
         weight_bytes=1,
-        load_seconds=1.0,
     )
 
 

@@ -48,8 +48,9 @@ def test_default_tokens_are_clipped_to_what_fits() -> None:
 
 
 def test_ids_are_checked_against_the_embedding() -> None:
-    check_token_ids([0, VOCAB_SIZE - 1], make_info(), "prompt")
-    for ids in ([], [-1], [0, VOCAB_SIZE]):
+    for ids in ([], [0, VOCAB_SIZE - 1]):
+        check_token_ids(ids, make_info(), "prompt")
+    for ids in ([-1], [0, VOCAB_SIZE]):
         with pytest.raises(InvalidRequestError):
             check_token_ids(ids, make_info(), "prompt")
 

@@ -79,13 +79,6 @@ def test_logprobs_have_openai_s_old_shape(server: LiveServer) -> None:
     }
 
 
-def test_minus_infinity_is_a_number_in_json(server: LiveServer) -> None:
-    server.script.logprob = float("-inf")
-    logprobs = server.complete("ab", logprobs=2, max_tokens=1).json()["choices"][0]["logprobs"]
-    assert logprobs["token_logprobs"] == [-9999.0]
-    assert set(logprobs["top_logprobs"][0].values()) == {-9999.0}
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_echoed_logprobs_cover_prompt_and_output(server: LiveServer, stream: bool) -> None:
     server.script.text = "us"

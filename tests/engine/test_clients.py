@@ -120,14 +120,27 @@ async def test_a_model_that_cannot_be_loaded_is_an_error_with_the_reason(
     assert watched.deaths == []
 
 
+async def test_an_engine_whose_messages_cannot_be_taken_in_counts_as_dead(tiny_checkpoint: Path) -> None:
+    def fail(stats: StepStats) -> None:
+        raise ZeroDivisionError("a bug")
+
+    watched = Watched(ProcessClient())
+    await watched.client.prepare()
+    await watched.client.start(make_config(tiny_checkpoint))
+    watched.client.on_step = fail
+    with pytest.raises(EngineDeadError):
+        await asyncio.wait_for(watched.run(make_request("a", max_tokens=500)), 20)
+    assert len(watched.deaths) == 1
+    await watched.client.stop()
+
+
 async def test_a_killed_engine_is_noticed(tiny_checkpoint: Path) -> None:
     watched = Watched(ProcessClient())
     await watched.client.prepare()
     await watched.client.start(make_config(tiny_checkpoint))
     reader = asyncio.create_task(watched.run(make_request("a", max_tokens=500)))
     await asyncio.sleep(0.2)
-    assert watched.client.pid is not None
-    psutil.Process(watched.client.pid).kill()
+    next(child for child in psutil.Process().children() if "server.engine.loop" in child.cmdline()).kill()
     with pytest.raises(EngineDeadError, match="signal 9"):
         await reader
     assert watched.deaths == ["the engine process ended with signal 9"]

@@ -18,7 +18,7 @@ from server.engine.inputs import PromptRows, build_inputs
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.model_runner import ModelRunner
-from server.engine.models.config import GemmaConfig
+from server.engine.models.config_reader import read_hf
 from server.engine.models.gemma import GemmaModel
 from server.engine.sampling.sampler import Sampler
 from server.engine.sequence import Sequence as EngineSequence
@@ -90,7 +90,7 @@ def logits_of(model: Any, token_ids: Sequence[int]) -> Tensor:
 
 @cache
 def our_model(name: str, dtype: torch.dtype = torch.float32) -> GemmaModel:
-    config = GemmaConfig.from_hf(CONFIGS[name])
+    config = read_hf(CONFIGS[name])
     return GemmaModel.load(config, ReferenceBackend(torch.device("cpu"), dtype), checkpoint(name))
 
 

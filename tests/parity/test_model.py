@@ -12,7 +12,8 @@ from torch import Tensor
 from server.engine.backend.reference import ReferenceBackend
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.model_runner import ModelRunner
-from server.engine.models.config import ConfigError, GemmaConfig, expected_weights
+from server.engine.models.config import ConfigError, expected_weights
+from server.engine.models.config_reader import read_hf
 from server.engine.models.gemma import GemmaModel, embedding_scale
 from server.engine.sampling.sampler import Sampler
 from tests.parity.harness import (
@@ -31,13 +32,13 @@ CPU = torch.device("cpu")
 
 
 def load(name: str, weights: list[tuple[str, Tensor]]) -> GemmaModel:
-    return GemmaModel.load(GemmaConfig.from_hf(CONFIGS[name]), ReferenceBackend(CPU, torch.float32), weights)
+    return GemmaModel.load(read_hf(CONFIGS[name]), ReferenceBackend(CPU, torch.float32), weights)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_expected_weights_are_those_of_transformers(name: str) -> None:
     theirs = {weight_name: tuple(weight.shape) for weight_name, weight in checkpoint(name)}
-    assert expected_weights(GemmaConfig.from_hf(CONFIGS[name])) == theirs
+    assert expected_weights(read_hf(CONFIGS[name])) == theirs
     assert not any("lm_head" in weight_name for weight_name in theirs)
 
 

@@ -9,9 +9,10 @@ import torch
 
 from server.engine.device import DeviceError, _cgroup_cores, default_num_threads, resolve_device, resolve_dtype
 from server.engine.models.config import GemmaConfig
+from server.engine.models.config_reader import read_hf
 
-GEMMA_1 = GemmaConfig.from_hf({"model_type": "gemma"})
-LATER = [GemmaConfig.from_hf({"model_type": model_type}) for model_type in ("gemma2", "gemma3_text")]
+GEMMA_1 = read_hf({"model_type": "gemma"})
+LATER = [read_hf({"model_type": model_type}) for model_type in ("gemma2", "gemma3_text")]
 
 
 def test_dtype_auto_is_bfloat16_and_names_are_taken_literally() -> None:

@@ -59,10 +59,9 @@ def forbid_hashing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded_model, "_blocks", fail)
 
 
-@pytest.mark.parametrize("model", ["embedded", None])
-def test_it_is_put_together_in_the_cache(package: FakePackage, cache: Path, model: str | None) -> None:
-    files = resolve(model)
-    assert files == ModelFiles(cache / embedded_model.FILE_NAME, "gguf", None, "gemma-3-270m")
+def test_it_is_put_together_in_the_cache(package: FakePackage, cache: Path) -> None:
+    files = resolve("embedded")
+    assert files == ModelFiles(cache / embedded_model.FILE_NAME, None, "gemma-3-270m")
     assert files.path.read_bytes() == CONTENT
     assert list(cache.glob("*.partial")) == []
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import transformers
 
-from server.engine.models.config import ConfigError, GemmaConfig, expected_weights
+from server.engine.models.config import ConfigError, expected_weights
+from server.engine.models.config_reader import read_gguf, read_hf
 
 FAMILIES = ["gemma", "gemma2", "gemma3_text"]
 GGUF_270M: dict[str, Any] = {
@@ -37,8 +38,8 @@ def gguf(architecture: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_absent_keys_have_transformers_defaults(model_type: str) -> None:
     theirs = transformers.AutoConfig.for_model(model_type)
-    ours = GemmaConfig.from_hf({"model_type": model_type})
-    assert ours == GemmaConfig.from_hf(theirs.to_dict())
+    ours = read_hf({"model_type": model_type})
+    assert ours == read_hf(theirs.to_dict())
     assert ours.vocab_size == theirs.vocab_size
     assert ours.hidden_size == theirs.hidden_size
     assert ours.intermediate_size == theirs.intermediate_size
@@ -54,16 +55,16 @@ def test_absent_keys_have_transformers_defaults(model_type: str) -> None:
 
 
 def test_gemma_2_alternates_from_a_sliding_layer_and_gemma_3_has_every_sixth_layer_full() -> None:
-    gemma_2 = GemmaConfig.from_hf({"model_type": "gemma2", "num_hidden_layers": 5})
+    gemma_2 = read_hf({"model_type": "gemma2", "num_hidden_layers": 5})
     assert [layer.attention.window for layer in gemma_2.layers] == [4096, None, 4096, None, 4096]
-    gemma_3 = GemmaConfig.from_hf({"model_type": "gemma3_text", "num_hidden_layers": 26, "sliding_window": 512})
+    gemma_3 = read_hf({"model_type": "gemma3_text", "num_hidden_layers": 26, "sliding_window": 512})
     assert [i for i, layer in enumerate(gemma_3.layers) if layer.attention.window is None] == [5, 11, 17, 23]
     assert {group.name: group.window for group in gemma_3.kv_groups()} == {"full": None, "sliding": 512}
     assert gemma_3.kv_groups()[0].layer_indices == (5, 11, 17, 23)
 
 
 def test_a_model_without_sliding_layers_has_one_kv_group() -> None:
-    (group,) = GemmaConfig.from_hf({"model_type": "gemma"}).kv_groups()
+    (group,) = read_hf({"model_type": "gemma"}).kv_groups()
     assert (group.name, group.window, group.num_kv_heads, group.head_dim) == ("full", None, 16, 256)
     assert group.layer_indices == tuple(range(28))
 
@@ -88,13 +89,13 @@ def test_rotary_bases_and_factor_by_layer_kind_in_old_and_new_spelling() -> None
         },
     }
     expected = [(1e4, 1.0), (1e4, 1.0), (1e6, 8.0)] * 2
-    for config in map(GemmaConfig.from_hf, (old, new)):
+    for config in map(read_hf, (old, new)):
         assert [(layer.rope_theta, layer.rope_scale) for layer in config.layers] == expected
-    assert GemmaConfig.from_hf(old) == GemmaConfig.from_hf(new)
+    assert read_hf(old) == read_hf(new)
 
 
 def test_gemma_3_without_rope_scaling_has_factor_1_everywhere() -> None:
-    config = GemmaConfig.from_hf({"model_type": "gemma3_text", "rope_scaling": None})
+    config = read_hf({"model_type": "gemma3_text", "rope_scaling": None})
     assert {(layer.attention.window, layer.rope_theta, layer.rope_scale) for layer in config.layers} == {
         (4096, 1e4, 1.0),
         (None, 1e6, 1.0),
@@ -103,15 +104,15 @@ def test_gemma_3_without_rope_scaling_has_factor_1_everywhere() -> None:
 
 @pytest.mark.parametrize("spelling", [{"rope_theta": 5e3}, {"rope_parameters": {"rope_theta": 5e3}}])
 def test_gemma_1_rope_theta_in_both_spellings(spelling: dict[str, Any]) -> None:
-    assert GemmaConfig.from_hf({"model_type": "gemma", **spelling}).layers[0].rope_theta == 5e3
+    assert read_hf({"model_type": "gemma", **spelling}).layers[0].rope_theta == 5e3
 
 
 def test_the_scale_follows_head_dim_in_gemma_1_and_query_pre_attn_scalar_later() -> None:
-    gemma_1 = GemmaConfig.from_hf({"model_type": "gemma", "head_dim": 64})
+    gemma_1 = read_hf({"model_type": "gemma", "head_dim": 64})
     assert gemma_1.layers[0].attention.scale == 64**-0.5
     values = {"head_dim": 128, "query_pre_attn_scalar": 144}
     for model_type in ("gemma2", "gemma3_text"):
-        assert GemmaConfig.from_hf({"model_type": model_type, **values}).layers[0].attention.scale == 144**-0.5
+        assert read_hf({"model_type": model_type, **values}).layers[0].attention.scale == 144**-0.5
 
 
 def test_a_gemma_3_with_images_gives_its_text_model_and_the_outer_stop_tokens() -> None:
@@ -120,7 +121,7 @@ def test_a_gemma_3_with_images_gives_its_text_model_and_the_outer_stop_tokens() 
         "eos_token_id": [1, 106],
         "text_config": {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34},
     }
-    config = GemmaConfig.from_hf(outer)
+    config = read_hf(outer)
     assert (config.model_type, config.hidden_size, len(config.layers)) == ("gemma3_text", 2560, 34)
     assert (config.vocab_size, config.layers[0].attention.num_kv_heads) == (262_208, 4)
     assert config.eos_token_ids == (1, 106)
@@ -128,7 +129,7 @@ def test_a_gemma_3_with_images_gives_its_text_model_and_the_outer_stop_tokens() 
 
 @pytest.mark.parametrize(("value", "expected"), [(1, (1,)), ([1, 107], (1, 107)), (None, ())])
 def test_eos_token_id_may_be_one_or_a_list(value: object, expected: tuple[int, ...]) -> None:
-    assert GemmaConfig.from_hf({"model_type": "gemma2", "eos_token_id": value}).eos_token_ids == expected
+    assert read_hf({"model_type": "gemma2", "eos_token_id": value}).eos_token_ids == expected
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_eos_token_id_may_be_one_or_a_list(value: object, expected: tuple[int, .
     ],
 )
 def test_every_spelling_of_the_tanh_gelu_is_accepted(activation: dict[str, Any]) -> None:
-    assert GemmaConfig.from_hf({"model_type": "gemma", **activation}).model_type == "gemma"
+    assert read_hf({"model_type": "gemma", **activation}).model_type == "gemma"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_every_spelling_of_the_tanh_gelu_is_accepted(activation: dict[str, Any])
 def test_what_would_change_the_arithmetic_is_refused_by_key_and_value(key: str, value: object) -> None:
     config: dict[str, Any] = {"model_type": "gemma2", "num_hidden_layers": 2, key: value}
     with pytest.raises(ConfigError, match=re.escape(f"{key} = {value!r}")):
-        GemmaConfig.from_hf(config)
+        read_hf(config)
 
 
 @pytest.mark.parametrize(
@@ -184,18 +185,18 @@ def test_what_would_change_the_arithmetic_is_refused_by_key_and_value(key: str, 
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
 def test_other_rotary_embeddings_are_refused(spelling: str, rope: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        GemmaConfig.from_hf({"model_type": "gemma", spelling: rope})
+        read_hf({"model_type": "gemma", spelling: rope})
 
 
 def test_an_unknown_kind_of_layer_is_refused() -> None:
     layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(ConfigError, match=r"layer_types = \['chunked_attention'\]"):
-        GemmaConfig.from_hf({"model_type": "gemma2", "num_hidden_layers": 2, "layer_types": layer_types})
+        read_hf({"model_type": "gemma2", "num_hidden_layers": 2, "layer_types": layer_types})
 
 
 def test_gemma_3_refuses_rope_parameters_without_layer_kinds() -> None:
     with pytest.raises(ConfigError, match="rope_theta"):
-        GemmaConfig.from_hf({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e4}})
+        read_hf({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e4}})
 
 
 def test_gguf_of_the_270m_equals_its_config_json() -> None:
@@ -213,7 +214,7 @@ def test_gguf_of_the_270m_equals_its_config_json() -> None:
         "query_pre_attn_scalar": 256,
         "eos_token_id": 1,
     }
-    assert GemmaConfig.from_gguf(GGUF_270M) == GemmaConfig.from_hf(config_json)
+    assert read_gguf(GGUF_270M) == read_hf(config_json)
 
 
 @pytest.mark.parametrize(("architecture", "num_layers"), [("gemma2", 46), ("gemma3", 62)])
@@ -229,12 +230,12 @@ def test_gguf_of_a_27b_scales_by_hidden_size_over_heads(architecture: str, num_l
             f"{architecture}.embedding_length": 4608,
         },
     )
-    assert GemmaConfig.from_gguf(metadata).layers[0].attention.scale == 144**-0.5
+    assert read_gguf(metadata).layers[0].attention.scale == 144**-0.5
 
 
 def test_gguf_rope_scaling_is_for_full_layers_and_softcaps_and_stop_tokens_are_read() -> None:
     scaled = gguf("gemma3", **{"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0})
-    layers = GemmaConfig.from_gguf(scaled).layers
+    layers = read_gguf(scaled).layers
     assert (layers[0].rope_scale, layers[5].rope_scale) == (1.0, 8.0)
     capped = gguf(
         "gemma2",
@@ -245,7 +246,7 @@ def test_gguf_rope_scaling_is_for_full_layers_and_softcaps_and_stop_tokens_are_r
             "tokenizer.ggml.eot_token_id": 107,
         },
     )
-    config = GemmaConfig.from_gguf(capped)
+    config = read_gguf(capped)
     assert (config.layers[0].attention.softcap, config.final_softcap) == (40.0, 20.0)
     assert config.eos_token_ids == (1, 107)
 
@@ -262,7 +263,7 @@ def test_gguf_rope_scaling_is_for_full_layers_and_softcaps_and_stop_tokens_are_r
 def test_gguf_that_is_not_understood_is_refused_by_key(changes: dict[str, Any]) -> None:
     key = next(iter(changes)).split(".")[-1]
     with pytest.raises(ConfigError, match=f"{key}|rope_type"):
-        GemmaConfig.from_gguf(GGUF_270M | changes)
+        read_gguf(GGUF_270M | changes)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,7 @@ def test_gguf_that_is_not_understood_is_refused_by_key(changes: dict[str, Any]) 
 )
 def test_expected_weights_add_up_to_the_published_sizes(config: dict[str, Any], num_parameters: int) -> None:
     total = 0
-    for shape in expected_weights(GemmaConfig.from_hf(config)).values():
+    for shape in expected_weights(read_hf(config)).values():
         size = 1
         for dimension in shape:
             size *= dimension

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from server.engine.models.config import GemmaConfig, expected_weights
+from server.engine.models.config import expected_weights
+from server.engine.models.config_reader import read_hf
 from server.engine.models.loader import LoadError, open_checkpoint
 from server.engine.models.safetensors_dir import read_config
 
@@ -40,7 +41,7 @@ MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 
 def random_weights(model_type: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = expected_weights(GemmaConfig.from_hf({"model_type": model_type, **CONFIG}))
+    shapes = expected_weights(read_hf({"model_type": model_type, **CONFIG}))
     # bf16 values, as in Google's checkpoints.
     return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
 

@@ -90,6 +90,18 @@ async def test_a_cancelled_reader_aborts_its_sequence() -> None:
     assert client.sent[-1] == Abort(["a"])
 
 
+async def test_a_request_that_cannot_be_sent_leaves_no_mailbox() -> None:
+    class Mute(RecordingClient):
+        def _send(self, message: ToEngine) -> None:
+            if isinstance(message, Submit):
+                raise OverflowError("no such integer in msgpack")
+
+    client = Mute()
+    with pytest.raises(OverflowError):
+        await collect(client, make_request())
+    assert client._mailboxes == {}
+
+
 async def test_a_dead_engine_ends_every_reader_after_what_it_had_said() -> None:
     client = RecordingClient()
     deaths: list[str] = []

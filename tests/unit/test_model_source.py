@@ -31,9 +31,7 @@ def make_directory(path: Path, *names: str) -> Path:
 
 def test_a_directory_with_a_checkpoint_is_used_as_it_is(tmp_path: Path) -> None:
     directory = make_directory(tmp_path / "my-gemma", "config.json", "tokenizer.json", "model.safetensors")
-    assert resolve(str(directory)) == ModelFiles(
-        directory, "directory", directory / "tokenizer.json", "my-gemma"
-    )
+    assert resolve(str(directory)) == ModelFiles(directory, directory / "tokenizer.json", "my-gemma")
 
 
 def test_a_directory_is_named_after_itself_even_if_given_as_dot(
@@ -48,12 +46,12 @@ def test_a_directory_is_named_after_itself_even_if_given_as_dot(
 def test_a_gguf_file_is_used_as_it_is(tmp_path: Path) -> None:
     file = tmp_path / "gemma-2b.gguf"
     file.touch()
-    assert resolve(str(file)) == ModelFiles(file, "gguf", None, "gemma-2b")
+    assert resolve(str(file)) == ModelFiles(file, None, "gemma-2b")
 
 
 def test_a_directory_with_one_gguf_file_means_that_file(tmp_path: Path) -> None:
     directory = make_directory(tmp_path / "d", "a.gguf", "README.md")
-    assert resolve(str(directory)) == ModelFiles(directory / "a.gguf", "gguf", None, "d")
+    assert resolve(str(directory)) == ModelFiles(directory / "a.gguf", None, "d")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +225,6 @@ def contents(directory: str) -> dict[str, bytes]:
 def test_a_checkpoint_is_downloaded_without_what_is_not_needed(hub: HubStandIn, server: Server) -> None:
     result = server.resolve("google/gemma-2b")
     assert result["name"] == "google/gemma-2b"
-    assert result["kind"] == "directory"
     assert result["path"].endswith(f"/snapshots/{COMMIT}")
     assert result["tokenizer_file"] == f"{result['path']}/tokenizer.json"
     assert contents(result["path"]) == CHECKPOINT
@@ -285,12 +282,7 @@ def test_a_gated_repository_says_where_to_accept_the_licence(hub: HubStandIn, se
     )
 
 
-def test_a_token_opens_a_gated_repository(hub: HubStandIn, server: Server) -> None:
-    hub.gated.add("google/gemma-2b")
-    assert contents(server.resolve("google/gemma-2b", hf_token=hub.token)["path"]) == CHECKPOINT
-
-
-def test_the_token_may_come_from_the_environment(hub: HubStandIn, restarted: Server) -> None:
+def test_a_token_in_the_environment_opens_a_gated_repository(hub: HubStandIn, restarted: Server) -> None:
     hub.gated.add("google/gemma-2b")
     restarted.start(HF_TOKEN=hub.token)
     assert contents(restarted.resolve("google/gemma-2b")["path"]) == CHECKPOINT
@@ -328,7 +320,7 @@ def test_a_repository_with_pickles_only_is_refused_and_nothing_is_downloaded(
 
 def test_one_gguf_file_of_a_repository_can_be_chosen(hub: HubStandIn, server: Server) -> None:
     result = server.resolve("google/gemma-2b:gemma-2b.gguf")
-    assert (result["kind"], result["tokenizer_file"], result["name"]) == ("gguf", "None", "google/gemma-2b")
+    assert (result["tokenizer_file"], result["name"]) == ("None", "google/gemma-2b")
     assert Path(result["path"]).read_bytes() == b"gguf"
     assert [name for name, _ in hub.file_requests("GET")] == ["gemma-2b.gguf"]
 

@@ -42,7 +42,7 @@ def text_of(deltas: list[TextDelta]) -> str:
 
 
 def test_without_stops_each_token_is_told_at_once() -> None:
-    state = RequestState(TINY)
+    state = state_with()
     deltas = run(
         state, [output([piece("a")]), output([piece("b"), piece("c")]), output([], FinishReason.LENGTH)]
     )
@@ -57,7 +57,7 @@ def test_without_stops_each_token_is_told_at_once() -> None:
 
 
 def test_an_output_that_completes_no_character_tells_nothing() -> None:
-    state = RequestState(TINY)
+    state = state_with()
     first, second = byte_ids("é")
     assert state.update(output([first])) is None
     delta = state.update(output([second]))
@@ -116,10 +116,10 @@ def test_what_comes_after_the_end_is_ignored() -> None:
 
 
 def test_a_stop_token_has_no_text_and_is_counted() -> None:
-    state = RequestState(TINY, skip_special_tokens=False)
-    deltas = run(state, [output([piece("a"), EOS], FinishReason.STOP, stop_token_id=EOS)])
+    state, stop = state_with(), piece("b")
+    deltas = run(state, [output([piece("a"), stop], FinishReason.STOP, stop_token_id=stop)])
     assert (text_of(deltas), deltas[-1].token_ids) == ("a", [piece("a")])
-    assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == (FinishReason.STOP, EOS)
+    assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == (FinishReason.STOP, stop)
     assert state.num_generated == 2
 
 
@@ -176,7 +176,7 @@ def test_an_empty_stop_string_is_refused() -> None:
 
 
 def test_cached_prompt_tokens_are_remembered() -> None:
-    state = RequestState(TINY)
+    state = state_with()
     run(state, [output([piece("a")], num_cached_tokens=32), output([piece("b")])])
     assert state.num_cached_tokens == 32
 
@@ -200,7 +200,7 @@ def test_a_token_that_a_stop_string_cuts_through_keeps_its_logprob() -> None:
 
 
 def test_logprobs_are_absent_unless_the_engine_sends_them() -> None:
-    deltas = run(RequestState(TINY), [output([piece("a")]), output([], FinishReason.LENGTH)])
+    deltas = run(state_with(), [output([piece("a")]), output([], FinishReason.LENGTH)])
     assert [delta.logprobs for delta in deltas] == [None, None]
 
 
@@ -224,11 +224,11 @@ def cut_text(text: str, stops: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
-@given(st.data(), st.lists(token_strategy, min_size=1, max_size=30), stop_strategy, st.booleans())
+@given(st.data(), st.lists(token_strategy, min_size=1, max_size=30), stop_strategy)
 def test_streaming_equals_cutting_the_whole_text_however_tokens_arrive(
-    data: st.DataObject, ids: list[int], stops: list[str], skip: bool
+    data: st.DataObject, ids: list[int], stops: list[str]
 ) -> None:
-    whole = TINY.decode(ids, skip)
+    whole = TINY.decode(ids)
     expected, stop_reason = cut_text(whole, stops)
     outputs, rest = [], ids
     while rest:
@@ -237,7 +237,7 @@ def test_streaming_equals_cutting_the_whole_text_however_tokens_arrive(
         rest = rest[count:]
     outputs.append(output([], FinishReason.LENGTH))
 
-    state = RequestState(TINY, StopConditions(strings=tuple(stops)), skip_special_tokens=skip)
+    state = RequestState(TINY, StopConditions(strings=tuple(stops)))
     deltas = run(state, outputs)
 
     assert text_of(deltas) == expected
@@ -257,7 +257,7 @@ def test_streaming_equals_cutting_the_whole_text_however_tokens_arrive(
     assert [entry.token_id for delta in deltas for entry in delta.logprobs or []] == told_ids
     if stop_reason is None:
         assert told_ids == ids
-    all_at_once = RequestState(TINY, StopConditions(strings=tuple(stops)), skip_special_tokens=skip)
+    all_at_once = RequestState(TINY, StopConditions(strings=tuple(stops)))
     (single,) = run(all_at_once, [output(ids, FinishReason.LENGTH)])
     assert (single.text, single.token_ids) == (expected, told_ids)
 

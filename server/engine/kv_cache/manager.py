@@ -20,15 +20,12 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from collections.abc import Sequence as Collection
-from typing import TYPE_CHECKING
+from collections.abc import Sequence as SequenceOf
 
 from server.engine.kv_cache.block_pool import NULL_BLOCK, BlockPool, CacheInvariantError
 from server.engine.kv_cache.hashing import Prefix
-
-if TYPE_CHECKING:
-    from server.engine.models.config import KVGroupSpec
-    from server.engine.sequence import Sequence
+from server.engine.models.config import KVGroupSpec
+from server.engine.sequence import Sequence
 
 
 def sliding_pool_blocks(
@@ -48,8 +45,8 @@ class KVCacheManager:
 
     def __init__(
         self,
-        groups: Collection[KVGroupSpec],
-        num_blocks: Collection[int],
+        groups: SequenceOf[KVGroupSpec],
+        num_blocks: SequenceOf[int],
         block_size: int,
         enable_prefix_caching: bool,
         max_num_batched_tokens: int,
@@ -81,9 +78,6 @@ class KVCacheManager:
             sys.maxsize if held <= pool.num_blocks else pool.num_blocks * self.block_size
             for pool, held in zip(self._pools, self._most_held, strict=True)
         )
-
-    def can_ever_fit(self, num_tokens: int) -> bool:
-        return num_tokens <= self.max_sequence_tokens()
 
     def has_room(self, seq: Sequence, num_cached: int, spare: float) -> bool:
         """Whether all of a sequence that holds nothing fits now, a share `spare` of each pool left free."""

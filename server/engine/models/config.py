@@ -10,9 +10,7 @@ Sources: Gemma reports arXiv 2403.08295, 2408.00118, 2503.19786. `config_reader`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 FULL = "full"
 SLIDING = "sliding"
@@ -70,20 +68,6 @@ class GemmaConfig:
     final_softcap: float | None
     layers: tuple[LayerSpec, ...]
     eos_token_ids: tuple[int, ...]
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> GemmaConfig:
-        """Reads a config.json. Raises ConfigError, which names the key, on anything not understood."""
-        from server.engine.models.config_reader import read_hf  # that module builds these classes
-
-        return read_hf(config)
-
-    @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any]) -> GemmaConfig:
-        """Reads GGUF metadata given as plain Python values. Raises ConfigError, which names the key."""
-        from server.engine.models.config_reader import read_gguf
-
-        return read_gguf(metadata)
 
     def kv_groups(self) -> tuple[KVGroupSpec, ...]:
         """The full group, then the sliding one, each only if some layer belongs to it."""

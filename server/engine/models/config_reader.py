@@ -102,7 +102,10 @@ _GGUF_ROPE_TYPES = {"none": "default"}
 
 
 def read_hf(config: Mapping[str, Any]) -> GemmaConfig:
-    """The GemmaConfig of a config.json; of a Gemma 3 with images, that of its text part."""
+    """The GemmaConfig of a config.json; of a Gemma 3 with images, that of its text part.
+
+    Raises ConfigError, which names the key, on anything not understood.
+    """
     if config.get("model_type") == "gemma3":
         config = _text_part(config)
     model_type = config.get("model_type")
@@ -148,7 +151,10 @@ def read_hf(config: Mapping[str, Any]) -> GemmaConfig:
 
 
 def read_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
-    """The GemmaConfig of a GGUF file, by putting its metadata into the terms of a config.json."""
+    """The GemmaConfig of a GGUF file, by putting its metadata into the terms of a config.json.
+
+    Raises ConfigError, which names the key.
+    """
     architecture = metadata.get("general.architecture")
     model_type = _GGUF_MODEL_TYPES.get(architecture) if isinstance(architecture, str) else None
     if model_type is None:

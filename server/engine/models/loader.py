@@ -20,6 +20,7 @@ from torch import Tensor
 
 from server.engine.models import safetensors_dir
 from server.engine.models.config import GemmaConfig, expected_weights
+from server.engine.models.config_reader import read_gguf
 from server.engine.models.gguf import GGUFFile, GGUFTensor
 from server.engine.models.gguf_dequant import read_tensor
 from server.engine.models.gguf_names import checkpoint_name
@@ -76,7 +77,7 @@ def _directory_tensors(
 def _open_gguf(path: Path) -> Checkpoint:
     file = GGUFFile.open(path)
     try:
-        config = GemmaConfig.from_gguf(file.metadata)
+        config = read_gguf(file.metadata)
         by_name = _rename(file, config)
         num_parameters = _check_complete(config, {name: tensor.shape for name, tensor in by_name.items()})
     except BaseException:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from server.engine.models.config import GemmaConfig
+from server.engine.models.config_reader import read_hf
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ def read_config(directory: Path) -> GemmaConfig:
 
     Raises LoadError and ConfigError. Does not import torch.
     """
-    config = GemmaConfig.from_hf(_read_json(directory / "config.json"))
+    config = read_hf(_read_json(directory / "config.json"))
     generation = directory / "generation_config.json"
     extra = _token_ids(_read_json(generation).get("eos_token_id")) if generation.exists() else ()
     return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
