@@ -58,6 +58,9 @@ def serve(arguments: Sequence[str]) -> int:
             create_app(runtime),
             host=config.host,
             port=config.port,
+            # Bounds the headers, and takes the body of a request that offers to upgrade, as Java's client does;
+            # httptools does neither.
+            http="h11",
             log_config=None,
             access_log=False,
             server_header=False,

@@ -19,7 +19,7 @@ from server.api.params import (
 from server.api.prompts import prompt_token_ids
 from server.api.protocol import CompletionRequest
 from server.api.responses import Completion, CompletionChoice, CompletionLogprobs, Head, Usage
-from server.api.serving import admit, answer, read_body, runtime_of, served_model, stream
+from server.api.serving import admission_of, admit, answer, read_body, runtime_of, served_model, stream
 from server.engine.types import FinishReason
 from server.errors import InvalidRequestError
 from server.frontend.admission import check_token_ids, resolve_max_tokens
@@ -40,6 +40,7 @@ async def create_completion(request: Request) -> Response:
     model = served_model(runtime, body.model)
     check_stream_options(body)
     _check_echo_and_best_of(body)
+    admission_of(request).check_count(len(body.prompt) * (body.n or 1))
     logprobs = completion_logprobs(body, runtime.config.max_logprobs)
     prompts = await prompt_token_ids(body.prompt, model)
     choices = []

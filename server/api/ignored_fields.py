@@ -135,8 +135,8 @@ def _extra_fields(body: BaseModel, prefix: str) -> Iterator[tuple[str, str, obje
     """(path, name, value) of each undeclared field of `body` and of the objects in it."""
     for name, value in (body.model_extra or {}).items():
         yield prefix + name[: 2 * LONGEST_NAME], name, value
-    for name in body.model_fields_set:
-        value = getattr(body, name, None)
+    for name in type(body).model_fields:
+        value = getattr(body, name)
         if isinstance(value, BaseModel):
             yield from _extra_fields(value, f"{prefix}{name}.")
         elif isinstance(value, list):

@@ -128,6 +128,10 @@ LogitBias = Annotated[
 ]
 
 
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+"""Only the first mistake is noted: noting each of a million takes seconds, in which nothing else is served."""
+
+
 class WireModel(BaseModel):
     """A JSON object from a client: no coercion ("5" is no number), unknown fields are kept to be named."""
 
@@ -155,7 +159,7 @@ class GenerationFields(WireModel):
     repetition_penalty: float | None = Field(None, ge=0.01, le=2, description="1 means off. Default: 1.")
     logit_bias: LogitBias = Field({}, description="Token ids (as strings) and what is added to their logits.")
     stop: StopStrings = Field((), description="Texts that end the output; they are not part of it.")
-    stop_token_ids: list[int] | None = Field(
+    stop_token_ids: TokenIds | None = Field(
         None,
         max_length=MAX_STOP_TOKEN_IDS,
         description="Token ids that end the output, beside the model's own.",
@@ -181,11 +185,12 @@ class TextPart(WireModel):
     text: str
 
 
+TextParts = Annotated[list[TextPart], Field(fail_fast=True)]
+
+
 class Message(WireModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] = Field(
-        description="Only text: this model sees no images and hears no audio."
-    )
+    content: str | TextParts = Field(description="Only text: this model sees no images and hears no audio.")
 
     @property
     def text(self) -> str:
@@ -195,7 +200,7 @@ class Message(WireModel):
 
 
 class ChatCompletionRequest(GenerationFields):
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, description="Superseded by `max_completion_tokens`.")
     max_completion_tokens: int | None = Field(
         None, ge=1, description="Tokens to generate at most. Default: what fits the context."
@@ -223,11 +228,11 @@ class TokenizeCompletionRequest(WireModel):
 
 class TokenizeChatRequest(WireModel):
     model: str | None = None
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     add_generation_prompt: bool = Field(True, description="End with the beginning of the model's turn.")
     return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(WireModel):
     model: str | None = None
-    tokens: list[int]
+    tokens: TokenIds

@@ -29,6 +29,11 @@ def runtime_of(request: Request) -> Runtime:
     return runtime
 
 
+def admission_of(request: Request) -> Admission:
+    admission: Admission = request.app.state.admission
+    return admission
+
+
 async def read_body(request: Request, model: type[Body]) -> tuple[Body, dict[str, str]]:
     """The request's body, and the response headers that tell what of it was ignored."""
     config = runtime_of(request).config
@@ -61,8 +66,7 @@ def admit(
 ) -> Generation:
     """Room for `choices`, or QueueFullError."""
     runtime = runtime_of(request)
-    admission: Admission = request.app.state.admission
-    permit = admission.acquire(len(choices))
+    permit = admission_of(request).acquire(len(choices))
     return Generation(
         choices,
         client=runtime.client,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request, Response
 
 from server.api.body import read_object, validate
@@ -45,4 +47,6 @@ async def detokenize(request: Request) -> Response:
     body, headers = await read_body(request, DetokenizeRequest)
     model = served_model(runtime_of(request), body.model)
     check_token_ids(body.tokens, model.info, "tokens")
-    return json_response(Text(model.tokenizer.decode(body.tokens, skip_special_tokens=False)), headers=headers)
+    # In a thread, since there may be millions.
+    text = await asyncio.to_thread(model.tokenizer.decode, body.tokens, skip_special_tokens=False)
+    return json_response(Text(text), headers=headers)

@@ -38,19 +38,23 @@ class Admission:
     def acquire(self, count: int) -> Permit:
         """Room for `count` sequences, now or not at all.
 
-        Raises QueueFullError, and InvalidRequestError for more than could ever be admitted.
+        Raises QueueFullError, and InvalidRequestError as `check_count` does.
         """
-        if count > self.limit:
-            raise InvalidRequestError(
-                f"A request may ask for at most {self.limit} sequences (prompts times 'n'), got {count}.",
-                param="n",
-            )
+        self.check_count(count)
         if self.in_flight + count > self.limit:
             raise QueueFullError(
                 f"The server is full: {self.in_flight} of at most {self.limit} sequences wait or run."
             )
         self.in_flight += count
         return Permit(self, count)
+
+    def check_count(self, count: int) -> None:
+        """Refuse more sequences than could ever be admitted, before any of them costs something."""
+        if count > self.limit:
+            raise InvalidRequestError(
+                f"A request may ask for at most {self.limit} sequences (prompts times 'n'), got {count}.",
+                param="n",
+            )
 
 
 def check_text_length(num_chars: int, max_model_len: int, param: str) -> None:

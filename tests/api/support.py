@@ -256,7 +256,11 @@ def live_server(*, loaded: bool = True, **options: Any) -> Iterator[LiveServer]:
         port = listener.getsockname()[1]
         server = uvicorn.Server(
             uvicorn.Config(
-                create_app(runtime), access_log=False, log_level="critical", timeout_graceful_shutdown=2
+                create_app(runtime),
+                http="h11",
+                access_log=False,
+                log_level="critical",
+                timeout_graceful_shutdown=2,
             )
         )
         live = LiveServer(server, runtime, engine, port)

@@ -353,6 +353,19 @@ def test_junk_harms_nobody(server: LiveServer, junk: bytes) -> None:
     assert server.complete().status_code == 200
 
 
+def test_headers_have_a_bound(server: LiveServer) -> None:
+    with server.connect() as sock:
+        sock.settimeout(10)
+        sock.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000)
+        assert sock.recv(4096).startswith(b"HTTP/1.1 400")
+
+
+def test_the_body_of_a_request_that_offers_http_2_is_read(server: LiveServer) -> None:
+    # Java's HttpClient offers it with every request that is not encrypted.
+    offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAEAAEAAAAIAAAAA"}
+    assert server.http.post("/v1/completions", json={"prompt": "ab"}, headers=offer).status_code == 200
+
+
 def test_a_client_that_leaves_within_its_body_harms_nobody(server: LiveServer) -> None:
     for _ in range(20):
         with server.connect() as sock:
@@ -375,8 +388,15 @@ def test_the_event_loop_does_not_stand_still_for_a_large_body(server: LiveServer
     thread = threading.Thread(target=probe)
     thread.start()
     try:
-        for body in (b"[" * 100_000, json.dumps({"prompt": "a" * 8_000_000}).encode()):
-            server.http.post("/v1/completions", content=body, headers=JSON)
+        for path, body in (
+            ("/v1/completions", b"[" * 100_000),
+            ("/v1/completions", json.dumps({"prompt": "a" * 8_000_000}).encode()),
+            ("/v1/completions", json.dumps({"prompt": ["a"] * 1024, "n": 128}).encode()),
+            ("/v1/completions", json.dumps({"prompt": "a", **{f"f{i}": 1 for i in range(100_000)}}).encode()),
+            ("/detokenize", json.dumps({"tokens": ["a"] * 1_000_000}).encode()),
+            ("/detokenize", json.dumps({"tokens": [8] * 1_000_000}).encode()),
+        ):
+            server.http.post(path, content=body, headers=JSON)
     finally:
         over.set()
         thread.join()

@@ -70,6 +70,7 @@ def test_tokens_become_text_again(server: LiveServer) -> None:
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {"tokens": [2**70]}, "tokens"),
         ("/detokenize", {"tokens": ["1"]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [1, *["1"] * 20]}, "tokens[1]"),
         ("/detokenize", {"tokens": "1"}, "tokens"),
         ("/detokenize", {}, "tokens"),
         ("/tokenize", {}, "prompt"),

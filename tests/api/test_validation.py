@@ -174,6 +174,11 @@ CHANGES_NOTHING = {
 }
 
 
+def test_sequences_are_counted_before_any_is_made(server: LiveServer) -> None:
+    response = server.complete(["a"] * 9, n=128, logit_bias={str(VOCAB_SIZE): 1})
+    assert_error(response, 400, param="n")
+
+
 def check_refused(server: LiveServer, path: str, body: dict[str, Any], fields: dict[str, Any]) -> None:
     for asked in ({**body, **fields}, {**body, "stream": True, **fields}):
         response = server.http.post(path, json=asked)
