@@ -106,6 +106,7 @@ $(RUNTIME): requirements/runtime.lock pyproject.toml $(TORCH)
 	@echo "Installing the server and the embedded model (once, about 300 MB)"
 	@$(INSTALL) --require-hashes -r requirements/runtime.lock
 	@$(INSTALL) --no-build-isolation --editable .
+	@$(BIN)/python -m server.engine.backend.native_library
 	@touch $@
 
 $(DEV): requirements/dev.lock $(RUNTIME)

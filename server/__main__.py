@@ -46,13 +46,18 @@ def serve(arguments: Sequence[str]) -> int:
         return os.EX_CONFIG  # starting again with the same options would fail again
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
 
-    import uvicorn  # after the options are known to be good: `--help` and mistakes answer at once
+    # What takes long is imported where it is known to be wanted, so that `--help` and mistakes answer at once.
+    # First the engine's process, which imports torch while this one imports the rest.
+    from server.frontend.process_client import ProcessClient
+
+    client = ProcessClient(config.log_level)
+
+    import uvicorn
 
     from server.app import create_app
-    from server.frontend.process_client import ProcessClient
     from server.runtime import Runtime
 
-    runtime = Runtime(config, ProcessClient(config.log_level))
+    runtime = Runtime(config, client)
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(runtime),

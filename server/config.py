@@ -91,6 +91,15 @@ class ServerConfig(BaseModel):
         None, ge=1, description="Threads of the engine on a CPU; all cores, less one above two, if not given."
     )
 
+    backend: Literal["auto", "native", "reference"] = Field(
+        "auto",
+        description="What computes: `native` is C++ kernels for CPUs, `reference` plain PyTorch; auto takes "
+        "native on a CPU where the kernels are there or a compiler can make them.",
+    )
+    cpu_isa: Literal["auto", "avx2", "avx512"] = Field(
+        "auto", description="Instruction set of the native kernels; auto takes the highest that the CPU has."
+    )
+
     max_queued_requests: int = Field(
         1024, ge=1, description="Sequences that may wait or run at once; one more is refused with 429."
     )

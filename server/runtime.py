@@ -76,7 +76,6 @@ class Runtime:
     async def _load(self) -> None:
         started = time.monotonic()
         try:
-            await self.client.prepare()
             files = await _in_daemon_thread(self._resolve)
             self._on_loading(Loading("tokenizer", 0.0))
             tokenizer, model_config = await _in_daemon_thread(lambda: _read_model(files))
@@ -162,6 +161,8 @@ class Runtime:
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
             num_blocks_override=config.num_gpu_blocks_override,
             num_threads=config.num_threads,
+            backend=config.backend,
+            cpu_isa=config.cpu_isa,
             suppress_token_ids=tuple(tokenizer.unsampleable_ids(model_config.vocab_size)),
         )
 

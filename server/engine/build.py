@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from server.batching import Scheduler, SchedulerConfig
-from server.engine.backend.reference import ReferenceBackend
+from server.engine.backend.choose import choose_backend
 from server.engine.core import EngineCore
 from server.engine.device import default_num_threads, resolve_device, resolve_dtype
 from server.engine.kv_cache.manager import KVCacheManager
@@ -69,8 +69,9 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[EngineCore, 
 
 def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, EngineInfo]:
     device = resolve_device(config.device)
+    num_threads = config.num_threads or default_num_threads()
     if device.type == "cpu":
-        torch.set_num_threads(config.num_threads or default_num_threads())
+        torch.set_num_threads(num_threads)
     checkpoint = open_checkpoint(Path(config.model_path))
     dtype = resolve_dtype(config.dtype, checkpoint.config)
     limits = _limits(config, checkpoint.config, _DEFAULTS[device.type])
@@ -82,7 +83,7 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
             f"memory are free on the {device.type}"
         )
 
-    backend = ReferenceBackend(device, dtype)
+    backend = choose_backend(config.backend, config.cpu_isa, device, dtype, num_threads)
     weights = _with_progress(checkpoint, dtype, device, progress)
     model = GemmaModel.load(checkpoint.config, backend, weights)
 

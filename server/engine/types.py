@@ -92,7 +92,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks_override: int | None = None
     """Overrides the number of blocks in each pool (testing)."""
     num_threads: int | None = None
-    """Torch threads on a CPU; None: chosen from the cores at hand."""
+    """Threads of the engine on a CPU; None: chosen from the cores at hand."""
+    backend: str = "auto"
+    """auto | native | reference"""
+    cpu_isa: str = "auto"
+    """The native back end's instruction set level: auto | avx2 | avx512"""
     suppress_token_ids: tuple[int, ...] = ()
     """Ids that must never be sampled: rows of the embedding without a token, image control tokens."""
 

@@ -22,9 +22,6 @@ class EngineClient(Protocol):
     on_death: Callable[[str], None]
     """Called once, with the reason, if the engine ends without having been asked to."""
 
-    async def prepare(self) -> None:
-        """Begin what takes time and does not depend on the model; call before `start`."""
-
     async def start(self, config: EngineConfig) -> EngineInfo:
         """Load the model. Raises EngineDeadError, with the reason, if that fails."""
 

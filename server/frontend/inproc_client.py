@@ -18,9 +18,6 @@ class InprocClient(MailboxClient):
         self._inbox: engine_loop.Inbox = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    async def prepare(self) -> None:
-        """Nothing: the thread starts with `start`."""
-
     async def start(self, config: EngineConfig) -> EngineInfo:
         event_loop = asyncio.get_running_loop()
         self._started = event_loop.create_future()

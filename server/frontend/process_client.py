@@ -14,7 +14,6 @@ import sys
 
 from server.engine import transport
 from server.engine.types import EngineConfig, EngineInfo, Start, ToEngine
-from server.frontend.client import EngineDeadError
 from server.frontend.mailbox import MailboxClient
 
 logger = logging.getLogger(__name__)
@@ -25,37 +24,30 @@ STOP_SECONDS = 5.0
 
 class ProcessClient(MailboxClient):
     def __init__(self, log_level: str = "info") -> None:
+        """Starts the process, which imports torch while its owner finds out what to serve."""
         super().__init__()
-        self._log_level = log_level
-        self._process: subprocess.Popen[bytes] | None = None
+        self._connection, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "server.engine.loop"]
+            command += ["--fd", str(theirs.fileno()), "--log-level", log_level]
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         self._writer: asyncio.StreamWriter | None = None
         self._receiving: asyncio.Task[None] | None = None
 
-    async def prepare(self) -> None:
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "server.engine.loop"]
-        command += ["--fd", str(theirs.fileno()), "--log-level", self._log_level]
-        # fork and exec take milliseconds; asyncio's subprocesses would add a child watcher that nothing needs.
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: ASYNC220
-        theirs.close()
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._receiving = asyncio.create_task(self._receive(reader))
-
     async def start(self, config: EngineConfig) -> EngineInfo:
-        if self._dead is not None:
-            raise EngineDeadError(self._dead)
         self._started = asyncio.get_running_loop().create_future()
+        reader, self._writer = await asyncio.open_connection(sock=self._connection)
+        self._receiving = asyncio.create_task(self._receive(reader))
         self._send(Start(config))
         return await self._started
 
     async def stop(self) -> None:
         self._stopping = True
-        if self._process is None:
-            return
-        if self._writer is not None:
-            self._writer.close()
         if self._receiving is not None:
             self._receiving.cancel()
+        if self._writer is not None:
+            self._writer.close()
+        self._connection.close()
         try:
             await asyncio.to_thread(self._process.wait, STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -74,7 +66,6 @@ class ProcessClient(MailboxClient):
                 payload = await reader.readexactly(int.from_bytes(header, "big"))
                 self._deliver(transport.decode_from_engine(payload))
         except (asyncio.IncompleteReadError, OSError):
-            assert self._process is not None
             code = await asyncio.to_thread(self._process.wait)
             self._die(f"the engine process ended with {_describe(code)}")
         except Exception:  # a bug; with nobody to receive, every request would wait for ever

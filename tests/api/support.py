@@ -73,8 +73,6 @@ class FakeEngineClient:
         self.aborted: list[str] = []
         self.is_stopped = False
 
-    async def prepare(self) -> None: ...
-
     async def start(self, config: EngineConfig) -> EngineInfo:
         raise NotImplementedError
 

@@ -65,7 +65,6 @@ def make_config(checkpoint: Path) -> EngineConfig:
 @pytest.fixture(params=[ProcessClient, InprocClient])
 async def engine(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> AsyncGenerator[Watched, None]:
     watched = Watched(request.param())
-    await watched.client.prepare()
     info = await watched.client.start(make_config(tiny_checkpoint))
     assert (info.device, info.dtype, info.max_model_len) == ("cpu", "float32", 512)
     yield watched
@@ -113,7 +112,6 @@ async def test_a_model_that_cannot_be_loaded_is_an_error_with_the_reason(
     kind: type[ProcessClient | InprocClient], tmp_path: Path
 ) -> None:
     watched = Watched(kind())
-    await watched.client.prepare()
     with pytest.raises(EngineDeadError, match=r"config\.json"):
         await watched.client.start(make_config(tmp_path))
     await watched.client.stop()
@@ -125,7 +123,6 @@ async def test_an_engine_whose_messages_cannot_be_taken_in_counts_as_dead(tiny_c
         raise ZeroDivisionError("a bug")
 
     watched = Watched(ProcessClient())
-    await watched.client.prepare()
     await watched.client.start(make_config(tiny_checkpoint))
     watched.client.on_step = fail
     with pytest.raises(EngineDeadError):
@@ -136,7 +133,6 @@ async def test_an_engine_whose_messages_cannot_be_taken_in_counts_as_dead(tiny_c
 
 async def test_a_killed_engine_is_noticed(tiny_checkpoint: Path) -> None:
     watched = Watched(ProcessClient())
-    await watched.client.prepare()
     await watched.client.start(make_config(tiny_checkpoint))
     reader = asyncio.create_task(watched.run(make_request("a", max_tokens=500)))
     await asyncio.sleep(0.2)

@@ -122,7 +122,8 @@ def our_logits(model: GemmaModel, token_ids: Sequence[int], chunk: int, block_si
             scheduled = ScheduledSequence(seq, seq.num_computed, num_new, samples=False)
             rows = PromptRows(scheduled, seq.num_computed, num_new)
             inputs = build_inputs([scheduled], [rows], len(groups), block_size)
-            logits.append(model.compute_logits(model.forward(inputs, kv.by_layer)))
+            # A copy: a back end may use the same memory for the next.
+            logits.append(model.compute_logits(model.forward(inputs, kv.by_layer)).clone())
             seq.num_computed += num_new
             manager.commit(seq)
     return torch.cat(logits)

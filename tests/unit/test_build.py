@@ -48,7 +48,9 @@ def config(model_path: str, **changes: Any) -> EngineConfig:
 
 def test_an_engine_says_what_it_is_and_generates(model_path: str) -> None:
     stages: list[tuple[str, float]] = []
-    core, info = build_engine(config(model_path), lambda stage, fraction: stages.append((stage, fraction)))
+    core, info = build_engine(
+        config(model_path, backend="reference"), lambda stage, fraction: stages.append((stage, fraction))
+    )
     assert (info.device, info.dtype, info.backend, info.vocab_size) == ("cpu", "bfloat16", "reference", 40)
     assert (info.max_model_len, info.max_sequence_tokens, info.block_size) == (256, 256, 16)
     assert info.num_blocks["full"] == 32 * 256 // 16

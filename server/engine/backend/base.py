@@ -105,7 +105,10 @@ class Backend(Protocol[LinearT, TableT, NormT, AttentionT, CacheT, StepT]):
         """tanh-gelu(gate) * up. [T, 2 * ffn], gate first -> [T, ffn]"""
 
     def logits(self, hidden: Tensor, table: TableT, softcap: float | None) -> Tensor:
-        """hidden @ table.T, soft-capped in fp32. [S, hidden] -> [S, vocabulary] fp32"""
+        """hidden @ table.T, soft-capped in fp32. [S, hidden] -> [S, vocabulary] fp32
+
+        The caller may overwrite the result, and must be done with it before it asks for the next.
+        """
 
 
 AnyBackend = Backend[Any, Any, Any, Any, Any, Any]

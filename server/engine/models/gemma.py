@@ -76,7 +76,10 @@ class GemmaModel:
         return normed.index_select(0, step.output_rows)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[S, hidden] from `forward` -> [S, vocabulary] fp32. One row of a 256k vocabulary takes 1 MB."""
+        """[S, hidden] from `forward` -> [S, vocabulary] fp32. One row of a 256k vocabulary takes 1 MB.
+
+        The next call may use the same memory.
+        """
         return self.backend.logits(hidden, self._table, self.config.final_softcap)
 
 

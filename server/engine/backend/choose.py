@@ -1,0 +1,41 @@
+"""Which back end an engine computes with."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from server.engine.backend.base import AnyBackend
+from server.engine.backend.native import NativeBackend
+from server.engine.backend.native_library import NativeUnavailableError
+from server.engine.backend.reference import ReferenceBackend
+
+logger = logging.getLogger(__name__)
+
+
+class BackendError(ValueError):
+    """The configuration asks for a back end that this machine does not have."""
+
+
+def choose_backend(
+    name: str, cpu_isa: str, device: torch.device, dtype: torch.dtype, num_threads: int
+) -> AnyBackend:
+    """name: auto, native or reference. cpu_isa: auto or one of the native back end's levels.
+
+    auto is native on a CPU that has it. Raises BackendError where what is asked for by name cannot be.
+    """
+    if name == "reference" or (name == "auto" and device.type != "cpu"):
+        return ReferenceBackend(device, dtype)
+    if device.type != "cpu":
+        raise BackendError(f"--backend native: it computes on a CPU, and --device is {device.type}")
+    try:
+        backend = NativeBackend(dtype, num_threads, cpu_isa)
+    except NativeUnavailableError as error:
+        if name == "native" or cpu_isa != "auto":
+            option = "--backend native" if name == "native" else f"--cpu-isa {cpu_isa}"
+            raise BackendError(f"{option}: no native CPU kernels: {error}") from error
+        logger.warning("no native CPU kernels, so steps take two to three times as long: %s", error)
+        return ReferenceBackend(device, dtype)
+    logger.info("native CPU kernels: %s, %d threads", backend.level, num_threads)
+    return backend

@@ -1,0 +1,134 @@
+"""The structs of csrc/calls.h and the functions of csrc/api.cpp, for ctypes. Fields must match line by line."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from typing import ClassVar
+
+_Fields = list[tuple[str, type]]
+
+F32 = 0
+BF16 = 1
+
+
+class PackCall(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        ("type", c_int32),
+        ("source", c_void_p),
+        ("packed", c_void_p),
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+    ]
+
+
+class EmbedCall(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        ("type", c_int32),
+        ("packed", c_void_p),
+        ("inputs", c_int64),
+        ("ids", c_void_p),
+        ("rows", c_int64),
+        ("scale", c_float),
+        ("out", c_void_p),
+    ]
+
+
+class LinearCall(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        ("type", c_int32),
+        ("x", c_void_p),
+        ("rows", c_int64),
+        ("packed", c_void_p),
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+        ("out", c_void_p),
+        ("logits", c_int32),
+        ("softcap", c_float),
+        ("x32", c_void_p),
+    ]
+
+
+class NormCall(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        ("type", c_int32),
+        ("x", c_void_p),
+        ("residual", c_void_p),
+        ("weight", c_void_p),
+        ("eps", c_float),
+        ("rows", c_int64),
+        ("width", c_int64),
+        ("out", c_void_p),
+    ]
+
+
+class GegluCall(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        ("type", c_int32),
+        ("gate_up", c_void_p),
+        ("rows", c_int64),
+        ("width", c_int64),
+        ("out", c_void_p),
+    ]
+
+
+class AttentionCall(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        ("type", c_int32),
+        ("qkv", c_void_p),
+        ("tokens", c_int64),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("window", c_int32),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("eps", c_float),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("sequences", c_int64),
+        ("query_start", c_void_p),
+        ("seq_lens", c_void_p),
+        ("block_table", c_void_p),
+        ("table_width", c_int64),
+        ("slots", c_void_p),
+        ("block_size", c_int32),
+        ("out", c_void_p),
+        ("q", c_void_p),
+        ("partials", c_void_p),
+        ("partial_stride", c_int64),
+        ("items", c_void_p),
+        ("num_items", c_int64),
+        ("split", c_void_p),
+        ("num_split", c_int64),
+    ]
+
+
+_OPERATIONS = {
+    "gemma_pack": PackCall,
+    "gemma_embed": EmbedCall,
+    "gemma_linear": LinearCall,
+    "gemma_norm": NormCall,
+    "gemma_geglu": GegluCall,
+    "gemma_attention": AttentionCall,
+}
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Tells ctypes the functions' types. ctypes lets go of the GIL while they run."""
+    library.gemma_best_level.argtypes = []
+    library.gemma_best_level.restype = c_int32
+    library.gemma_create.argtypes = [c_int32, c_int32]
+    library.gemma_create.restype = c_void_p
+    library.gemma_destroy.argtypes = [c_void_p]
+    library.gemma_destroy.restype = None
+    library.gemma_packed_size.argtypes = [c_int32, c_int64, c_int64]
+    library.gemma_packed_size.restype = c_int64
+    for name, call in _OPERATIONS.items():
+        function = getattr(library, name)
+        function.argtypes = [c_void_p, POINTER(call)]
+        function.restype = None

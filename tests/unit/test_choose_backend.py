@@ -1,0 +1,75 @@
+"""Which back end serves, and what is said where the native one cannot."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.engine.backend import native_library
+from server.engine.backend.choose import BackendError, choose_backend
+from server.engine.backend.native_library import NativeUnavailableError, build_library, load_library
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native_library, "_FLAGS", ("-unheard-of",))  # so that no library that exists fits
+
+
+def test_the_reference_can_be_asked_for() -> None:
+    assert choose_backend("reference", "auto", CPU, torch.float32, 1).name == "reference"
+
+
+def test_other_devices_have_the_reference_only() -> None:
+    assert choose_backend("auto", "auto", torch.device("meta"), torch.float32, 1).name == "reference"
+    with pytest.raises(BackendError, match=r"--backend native: .* --device is meta"):
+        choose_backend("native", "auto", torch.device("meta"), torch.float32, 1)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_the_reference_serves_and_one_line_says_what_is_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert choose_backend("auto", "auto", CPU, torch.bfloat16, 1).name == "reference"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no-such-compiler" in caplog.text
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize(
+    ("name", "isa", "option"), [("native", "auto", "--backend native"), ("auto", "avx2", "--cpu-isa avx2")]
+)
+def test_what_was_asked_for_by_name_is_not_replaced(name: str, isa: str, option: str) -> None:
+    with pytest.raises(BackendError, match=option):
+        choose_backend(name, isa, CPU, torch.bfloat16, 1)
+
+
+def test_a_dtype_without_kernels_is_served_by_the_reference() -> None:
+    assert choose_backend("auto", "auto", CPU, torch.float16, 1).name == "reference"
+
+
+def test_a_library_that_cannot_be_built_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(NativeUnavailableError, match="false cannot build them"):
+        build_library(tmp_path / "library.so")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_built_library_is_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    try:
+        load_library()
+    except NativeUnavailableError as error:
+        pytest.skip(f"no native kernels: {error}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load_library()
+    monkeypatch.setenv("CXX", "false")
+    load_library()
