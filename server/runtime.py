@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import ctypes
 import enum
 import logging
 import os
@@ -185,9 +186,19 @@ async def _in_daemon_thread(work: Callable[[], _Result]) -> _Result:
 def _read_model(files: ModelFiles) -> tuple[Tokenizer, GemmaConfig]:
     """Raises ValueError, for files that are not what they should be, and OSError."""
     if files.tokenizer_file is not None:
-        return Tokenizer.from_file(files.tokenizer_file), read_config(files.path)
-    tokenizer_file = tokenizer_for_gguf(files.path, cache_directory())
-    return Tokenizer.from_file(tokenizer_file), read_gguf(read_metadata(files.path))
+        tokenizer, config = Tokenizer.from_file(files.tokenizer_file), read_config(files.path)
+    else:
+        tokenizer = Tokenizer.from_file(tokenizer_for_gguf(files.path, cache_directory()))
+        config = read_gguf(read_metadata(files.path))
+    _return_freed_memory()
+    return tokenizer, config
+
+
+def _return_freed_memory() -> None:
+    """Parsing a tokenizer leaves 180 MB of freed memory, which glibc would keep for this process."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+    if trim is not None:
+        trim(0)
 
 
 def _stop_token_ids(tokenizer: Tokenizer, model_config: GemmaConfig) -> tuple[int, ...]:
