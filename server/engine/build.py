@@ -83,7 +83,7 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
 
     backend = choose_backend(config.backend, config.cpu_isa, device, dtype, num_threads)
     if device.type == "cpu":
-        # The native kernels have threads of their own; torch's would spin for a while after each operation of the
+        # The native kernels have threads of their own; torch's would spin a while after each operation of the
         # sampler, on a core that the kernels want next (a tenth of the time of a step of one row).
         torch.set_num_threads(1 if backend.name == "native" else num_threads)
     weights = _with_progress(checkpoint, dtype, device, progress)
