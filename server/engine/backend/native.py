@@ -35,10 +35,10 @@ from server.engine.backend.native_calls import (
     declare,
 )
 from server.engine.backend.native_library import NativeUnavailableError, load_library
-from server.engine.backend.reference import Rope, rope_angles
+from server.engine.backend.reference import AttentionLayer, Rope, rope_angles
 from server.engine.backend.scratch import Scratch
 from server.engine.inputs import AttentionMetadata, ModelInputs
-from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
+from server.engine.models.config import KVGroupSpec, LayerSpec
 
 LEVELS: Final = ("avx2", "avx512")
 """From the lowest to the highest, as the library numbers them from 1."""
@@ -53,16 +53,6 @@ class PackedMatrix:
     data: Tensor
     outputs: int
     inputs: int
-
-
-@dataclass(frozen=True, slots=True)
-class NativeAttention:
-    spec: AttentionSpec
-    rope: Rope
-    group: int
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    eps: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +148,9 @@ class NativeBackend:
 
     def prepare_attention(
         self, spec: LayerSpec, group: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
-    ) -> NativeAttention:
+    ) -> AttentionLayer:
         rope = Rope(spec.attention.head_dim, spec.rope_theta, spec.rope_scale)
-        return NativeAttention(spec.attention, rope, group, q_norm, k_norm, eps)
+        return AttentionLayer(spec.attention, rope, group, q_norm, k_norm, eps)
 
     def kv_bytes_per_block(self, group: KVGroupSpec, block_size: int) -> int:
         per_slot = 2 * group.num_kv_heads * _padded(group.head_dim) * self.dtype.itemsize
@@ -173,7 +163,7 @@ class NativeBackend:
 
     # --- once a step ---------------------------------------------------------------------------------------
 
-    def begin_step(self, inputs: ModelInputs, attention_layers: Sequence[NativeAttention]) -> NativeStep:
+    def begin_step(self, inputs: ModelInputs, attention_layers: Sequence[AttentionLayer]) -> NativeStep:
         positions = torch.from_numpy(inputs.positions)
         return NativeStep(
             token_ids=torch.from_numpy(inputs.token_ids),
@@ -240,7 +230,7 @@ class NativeBackend:
         call = NormCall(self._type, x.data_ptr(), into, weight.data_ptr(), eps, rows, width, out.data_ptr())
         self._library.gemma_norm(self._engine, byref(call))
 
-    def attention(self, qkv: Tensor, layer: NativeAttention, cache: PackedKV, step: NativeStep) -> Tensor:
+    def attention(self, qkv: Tensor, layer: AttentionLayer, cache: PackedKV, step: NativeStep) -> Tensor:
         spec = layer.spec
         cos, sin = step.angles[layer.rope]
         out = torch.empty(qkv.shape[0], spec.num_heads * spec.head_dim, dtype=self.dtype)

@@ -33,7 +33,9 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
-class ReferenceAttention:
+class AttentionLayer:
+    """A prepared attention layer; its norms multiply by the fp32 [head_dim] that they hold."""
+
     spec: AttentionSpec
     rope: Rope
     group: int
@@ -72,9 +74,9 @@ class ReferenceBackend:
 
     def prepare_attention(
         self, spec: LayerSpec, group: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
-    ) -> ReferenceAttention:
+    ) -> AttentionLayer:
         rope = Rope(spec.attention.head_dim, spec.rope_theta, spec.rope_scale)
-        return ReferenceAttention(spec.attention, rope, group, q_norm, k_norm, eps)
+        return AttentionLayer(spec.attention, rope, group, q_norm, k_norm, eps)
 
     def kv_bytes_per_block(self, group: KVGroupSpec, block_size: int) -> int:
         per_layer = 2 * block_size * group.num_kv_heads * group.head_dim * self.dtype.itemsize
@@ -93,7 +95,7 @@ class ReferenceBackend:
         size = math.prod(shape) * self.dtype.itemsize
         return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(self.dtype).view(shape)
 
-    def begin_step(self, inputs: ModelInputs, attention_layers: Sequence[ReferenceAttention]) -> ReferenceStep:
+    def begin_step(self, inputs: ModelInputs, attention_layers: Sequence[AttentionLayer]) -> ReferenceStep:
         positions = torch.from_numpy(inputs.positions).to(self.device)
         windows = {layer.group: layer.spec.window for layer in attention_layers}
         return ReferenceStep(
@@ -122,7 +124,7 @@ class ReferenceBackend:
         residual = residual.add_(update)
         return residual, self.rms_norm(residual, weight, eps)
 
-    def attention(self, qkv: Tensor, layer: ReferenceAttention, cache: KVCache, step: ReferenceStep) -> Tensor:
+    def attention(self, qkv: Tensor, layer: AttentionLayer, cache: KVCache, step: ReferenceStep) -> Tensor:
         spec = layer.spec
         heads = qkv.view(qkv.shape[0], -1, spec.head_dim)
         q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
