@@ -28,7 +28,7 @@ def test_sequences_that_arrive_together_are_continued_as_by_transformers(name: s
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
 def test_sequences_that_arrive_in_turn_are_continued_as_by_transformers_for_every_chunk_size(
     name: str, chunk: int
 ) -> None:

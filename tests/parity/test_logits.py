@@ -33,7 +33,7 @@ def test_logits_equal_transformers_for_every_chunk_size(name: str, chunk: int) -
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 @pytest.mark.parametrize("chunk", [1, 5, LENGTH])
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
 def test_logits_equal_transformers_for_every_block_size(name: str, chunk: int, block_size: int) -> None:
     token_ids = prompt(LENGTH, seed=1)
     ours = our_logits(our_model(name), token_ids, chunk, block_size)
@@ -43,7 +43,7 @@ def test_logits_equal_transformers_for_every_block_size(name: str, chunk: int, b
 @pytest.mark.parametrize(
     "length", sorted({*range(1, 6), *range(WINDOW - 1, WINDOW + 2), 15, 16, 17, 31, 32, 33})
 )
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
 def test_prompts_that_end_around_the_window_and_around_a_block_equal_transformers(
     name: str, length: int
 ) -> None:
