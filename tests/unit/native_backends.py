@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from server.engine.backend.native import LEVELS, NativeBackend
 from server.engine.backend.native_library import NativeUnavailableError
+from server.engine.backend.reference import ReferenceBackend
 
 THREADS = (1, 2)
 
@@ -22,14 +22,8 @@ def native_backend(dtype: torch.dtype, level: str = "auto", num_threads: int = 2
         pytest.skip(f"no native kernels: {error}")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """For the reference: on busy cores, torch's threads wait for each other longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+REFERENCE = {dtype: ReferenceBackend(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)}
+"""What the native ones are compared with."""
 
 every_level = pytest.mark.parametrize("level", LEVELS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -12,21 +12,20 @@ import torch
 from torch import Tensor
 
 from server.engine.backend.base import AnyBackend
-from server.engine.backend.reference import ReferenceBackend
 from server.engine.inputs import AttentionMetadata, ModelInputs
 from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
+from tests.one_torch_thread import one_torch_thread
 from tests.unit.native_backends import (
+    REFERENCE,
     THREADS,
     every_dtype,
     every_level,
     native_backend,
-    one_torch_thread,
 )
 from tests.unit.test_native_ops import normal
 
 __all__ = ["one_torch_thread"]  # a fixture
 
-REFERENCE = {dtype: ReferenceBackend(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)}
 MIXED = ([1, 5, 1, 60, 1, 24, 1], [1, 5, 33, 62, 150, 24, 300])
 """New tokens and lengths of sequences: first tokens, decodes, whole prompts and a later chunk."""
 

@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 from server.engine.backend.base import AnyBackend
-from server.engine.backend.reference import ReferenceBackend
+from tests.one_torch_thread import one_torch_thread
 from tests.unit.native_backends import (
+    REFERENCE,
     THREADS,
     every_dtype,
     every_level,
     native_backend,
-    one_torch_thread,
 )
 
 __all__ = ["one_torch_thread"]  # a fixture
 
-REFERENCE = {dtype: ReferenceBackend(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)}
 ROWS = [*range(1, 15), 32, 40]
 
 

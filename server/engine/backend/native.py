@@ -18,7 +18,6 @@ from ctypes import byref
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,7 +35,7 @@ from server.engine.backend.native_calls import (
 )
 from server.engine.backend.native_library import NativeUnavailableError, load_library
 from server.engine.backend.reference import AttentionLayer, Rope, rope_angles
-from server.engine.backend.scratch import Scratch
+from server.engine.backend.scratch import Scratch, zeros_on_demand
 from server.engine.inputs import AttentionMetadata, ModelInputs
 from server.engine.models.config import KVGroupSpec, LayerSpec
 
@@ -159,7 +158,7 @@ class NativeBackend:
     def allocate_kv(self, group: KVGroupSpec, num_blocks: int, block_size: int) -> list[PackedKV]:
         num_slots = _padded((num_blocks + 1) * block_size)
         size = num_slots * group.num_kv_heads * _padded(group.head_dim) * self.dtype.itemsize
-        return [PackedKV(_zeros(size), _zeros(size)) for _ in group.layer_indices]
+        return [PackedKV(zeros_on_demand(size), zeros_on_demand(size)) for _ in group.layer_indices]
 
     # --- once a step ---------------------------------------------------------------------------------------
 
@@ -275,8 +274,3 @@ def _huge_pages(size: int) -> Tensor:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _zeros(size: int) -> Tensor:
-    """Zero bytes that take no memory until they are written."""
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8))

@@ -10,14 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from server.engine.backend.base import Step
 from server.engine.backend.reference_attention import AttentionPlan, KVCache, paged_attention, plan_attention
-from server.engine.backend.scratch import Scratch
+from server.engine.backend.scratch import Scratch, zeros_on_demand
 from server.engine.backend.upcast import UpcastMatmul
 from server.engine.inputs import ModelInputs
 from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
@@ -88,12 +87,10 @@ class ReferenceBackend:
         return [KVCache(self._zeros(shape), self._zeros(shape)) for _ in group.layer_indices]
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
-        """Zeros, because a masked slot is still multiplied by 0. On a CPU they take no memory until written:
-        numpy asks the system for zeroed pages, where torch.zeros would write them all."""
+        """Zeros, because a masked slot is still multiplied by 0."""
         if self.device.type != "cpu":
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        size = math.prod(shape) * self.dtype.itemsize
-        return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(self.dtype).view(shape)
+        return zeros_on_demand(math.prod(shape) * self.dtype.itemsize).view(self.dtype).view(shape)
 
     def begin_step(self, inputs: ModelInputs, attention_layers: Sequence[AttentionLayer]) -> ReferenceStep:
         positions = torch.from_numpy(inputs.positions).to(self.device)
