@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from server.batching import Scheduler, SchedulerConfig
 from server.engine.backend.choose import choose_backend
 from server.engine.core import EngineCore
 from server.engine.device import default_num_threads, resolve_device, resolve_dtype
+from server.engine.dtype import DType
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.memory import (
@@ -27,10 +26,12 @@ from server.engine.memory import (
 )
 from server.engine.model_runner import ModelRunner
 from server.engine.models.config import GemmaConfig
-from server.engine.models.gemma import GemmaModel
+from server.engine.models.gemma import GemmaModel, prepare_weights
 from server.engine.models.loader import Checkpoint, open_checkpoint
-from server.engine.sampling.sampler import Sampler
 from server.engine.types import EngineConfig, EngineInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Progress = Callable[[str, float], None]
 """Called with a stage's name and the fraction of it that is done."""
@@ -63,7 +64,7 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[EngineCore, 
     except ValueError as error:
         # The refusals of all the parts are ValueErrors with a message for people.
         raise StartError(str(error)) from error
-    except (OSError, torch.OutOfMemoryError) as error:
+    except (OSError, MemoryError) as error:
         raise StartError(f"cannot load {config.model_path}: {error}") from error
 
 
@@ -72,22 +73,19 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
     num_threads = config.num_threads or default_num_threads()
     checkpoint = open_checkpoint(Path(config.model_path))
     dtype = resolve_dtype(config.dtype, checkpoint.config)
-    limits = _limits(config, checkpoint.config, _DEFAULTS[device.type])
+    limits = _limits(config, checkpoint.config, _DEFAULTS[device])
     weight_bytes = checkpoint.num_parameters * dtype.itemsize
     free_bytes = available_bytes(device)
     if weight_bytes > free_bytes:
         raise OutOfMemoryError(
             f"the weights take {weight_bytes / MIB:.0f} MiB in {dtype}, but only {free_bytes / MIB:.0f} MiB of "
-            f"memory are free on the {device.type}"
+            f"memory are free on the {device}"
         )
 
     backend = choose_backend(config.backend, config.cpu_isa, device, dtype, num_threads)
-    if device.type == "cpu":
-        # The native kernels have threads of their own; torch's would spin a while after each operation of the
-        # sampler, on a core that the kernels want next (a tenth of the time of a step of one row).
-        torch.set_num_threads(1 if backend.name == "native" else num_threads)
-    weights = _with_progress(checkpoint, dtype, device, progress)
-    model = GemmaModel.load(checkpoint.config, backend, weights)
+    tensors = _with_progress(checkpoint, dtype, device, progress)
+    weights = prepare_weights(checkpoint.config, backend, tensors)
+    model = GemmaModel(checkpoint.config, backend, weights)
 
     progress("kv cache", 0.0)
     groups = checkpoint.config.kv_groups()
@@ -100,7 +98,7 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
             for group, size in zip(groups, bytes_per_block, strict=True)
         )
         used = weight_bytes + activation_bytes(checkpoint.config, dtype.itemsize, limits)
-        budget = _kv_budget(config, _DEFAULTS[device.type], free_bytes, used, least)
+        budget = _kv_budget(config, _DEFAULTS[device], free_bytes, used, least)
         num_blocks = size_kv_pools(groups, bytes_per_block, budget, limits)
     kv = KVTensors(backend, groups, num_blocks, limits.block_size)
     manager = KVCacheManager(
@@ -108,8 +106,8 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
     )
 
     progress("warm-up", 0.0)
-    sampler = Sampler(checkpoint.config.vocab_size, config.suppress_token_ids, device)
-    runner = ModelRunner(model, kv, sampler)
+    sampler = backend.sampler(checkpoint.config.vocab_size, config.suppress_token_ids)
+    runner = ModelRunner(model, kv, sampler, limits.max_num_batched_tokens)
     runner.warm_up()
 
     scheduler = Scheduler(
@@ -123,8 +121,8 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
         time.monotonic,
     )
     info = EngineInfo(
-        device=device.type,
-        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        dtype=dtype,
         backend=backend.name,
         max_model_len=limits.max_model_len,
         max_num_seqs=limits.max_num_seqs,
@@ -167,7 +165,7 @@ def _kv_budget(config: EngineConfig, defaults: _DeviceDefaults, free_bytes: int,
 
 
 def _with_progress(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress
+    checkpoint: Checkpoint, dtype: DType, device: str, progress: Progress
 ) -> Iterator[tuple[str, Tensor]]:
     num_done = 0
     progress("weights", 0.0)

@@ -1,4 +1,7 @@
-"""Which device, dtype and number of threads the engine computes with."""
+"""Which device, dtype and number of threads the engine computes with.
+
+torch is imported only where there may be a GPU: its import takes longer than all else in a start on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +9,41 @@ import math
 import os
 from pathlib import Path
 
-import torch
-
+from server.engine.dtype import DType
 from server.engine.models.config import GemmaConfig
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
 class DeviceError(ValueError):
     """The configuration asks for something that this machine or this model cannot do."""
 
 
-def resolve_device(name: str) -> torch.device:
-    """auto: CUDA where there is one. Raises DeviceError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
+def resolve_device(name: str) -> str:
+    """auto: cuda where there is one, else cpu. Raises DeviceError."""
+    if name not in ("auto", "cpu", "cuda"):
         raise DeviceError(f"--device {name}: supported are auto, cpu and cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        build = "has no CUDA" if torch.version.cuda is None else "finds no usable GPU"
-        raise DeviceError(f"--device cuda: this PyTorch ({torch.__version__}) {build}")
-    return torch.device(name)
+    if name == "cpu" or (name == "auto" and not _has_gpu_driver()):
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if name == "auto":
+        return "cpu"
+    build = "has no CUDA" if torch.version.cuda is None else "finds no usable GPU"
+    raise DeviceError(f"--device cuda: this PyTorch ({torch.__version__}) {build}")
 
 
-def resolve_dtype(name: str, config: GemmaConfig) -> torch.dtype:
+def _has_gpu_driver() -> bool:
+    """Whether it is worth asking PyTorch, whose import takes seconds."""
+    return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"))
+
+
+def resolve_dtype(name: str, config: GemmaConfig) -> DType:
     """auto: bfloat16, in which the models were trained. Raises DeviceError."""
-    dtype = torch.bfloat16 if name == "auto" else _DTYPES.get(name)
-    if dtype is None:
-        raise DeviceError(f"--dtype {name}: supported are auto, {', '.join(_DTYPES)}")
-    if dtype is torch.float16 and config.model_type != "gemma":
+    if name != "auto" and name not in list(DType):
+        raise DeviceError(f"--dtype {name}: supported are auto, {', '.join(DType)}")
+    dtype = DType.BFLOAT16 if name == "auto" else DType(name)
+    if dtype is DType.FLOAT16 and config.model_type != "gemma":
         raise DeviceError(
             f"--dtype float16: the activations of {config.model_type} exceed its range (65504) and end in NaN; "
             "use bfloat16 or float32"

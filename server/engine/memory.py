@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from server.engine.kv_cache.manager import sliding_pool_blocks
 from server.engine.models.config import GemmaConfig, KVGroupSpec
 
@@ -21,9 +19,11 @@ class OutOfMemoryError(ValueError):
     """The model with its KV cache does not fit; the message says what to change."""
 
 
-def available_bytes(device: torch.device) -> int:
+def available_bytes(device: str) -> int:
     """Memory that can be taken now without swapping, or breaking the container's limit."""
-    if device.type == "cuda":
+    if device == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     available = _meminfo_available(Path("/proc/meminfo"))
     of_cgroup = _cgroup_available(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))

@@ -11,17 +11,15 @@ Laws:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from server.batching import ScheduledBatch
+from server.engine.backend.base import TokenSampler
 from server.engine.inputs import AttentionMetadata, ModelInputs, PromptRows, build_inputs, missing_prompt_rows
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.models.gemma import GemmaModel
-from server.engine.sampling.logprobs import gather_logprobs
-from server.engine.sampling.sampler import Sampler
 from server.engine.sampling.types import SampledToken
 
 _PROMPT_ROWS_AT_ONCE = 32
@@ -29,26 +27,28 @@ _WARM_UP_TOKENS = 16
 
 
 class ModelRunner:
-    def __init__(self, model: GemmaModel, kv: KVTensors, sampler: Sampler) -> None:
+    def __init__(
+        self, model: GemmaModel, kv: KVTensors, sampler: TokenSampler[Any], max_num_batched_tokens: int
+    ) -> None:
+        """sampler: of the model's back end. max_num_batched_tokens: in one step at most."""
         self._model = model
         self._kv = kv
         self._sampler = sampler
+        self._forward = model.capture(kv.by_layer, max(max_num_batched_tokens, 1 + _WARM_UP_TOKENS))
 
-    @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
         """Computes the batch's tokens. One result for each sequence that samples, in the batch's order."""
         prompt_rows = [
             rows for scheduled in batch.sequences if (rows := missing_prompt_rows(scheduled)) is not None
         ]
         inputs = build_inputs(batch.sequences, prompt_rows, self._kv.num_groups, self._kv.block_size)
-        hidden = self._model.forward(inputs, self._kv.by_layer)
+        hidden = self._forward(inputs)
         sampling = [scheduled.seq for scheduled in batch.sequences if scheduled.samples]
         self._append_prompt_logprobs(hidden[len(sampling) :], prompt_rows)
         if not sampling:
             return []
         return self._sampler.sample(self._model.compute_logits(hidden[: len(sampling)]), sampling)
 
-    @torch.inference_mode()
     def warm_up(self) -> None:
         """Computes one small batch in the null block, so that no request pays for first-use costs."""
         counts = np.array([1, _WARM_UP_TOKENS], dtype=np.int32)
@@ -66,9 +66,9 @@ class ModelRunner:
             output_rows=np.array([0, num_tokens - 1], dtype=np.int64),
             attention=(metadata,) * self._kv.num_groups,
         )
-        self._model.compute_logits(self._model.forward(inputs, self._kv.by_layer)).argmax(dim=-1).tolist()
+        self._model.compute_logits(self._forward(inputs))
 
-    def _append_prompt_logprobs(self, hidden: Tensor, prompt_rows: Sequence[PromptRows]) -> None:
+    def _append_prompt_logprobs(self, hidden: Any, prompt_rows: Sequence[PromptRows]) -> None:
         """hidden: the rows of all of prompt_rows, in order."""
         first_row = 0
         for rows in prompt_rows:
@@ -81,5 +81,5 @@ class ModelRunner:
                 logits = self._model.compute_logits(hidden[first_row + offset : first_row + offset + count])
                 first_token = rows.first_position + offset + 1
                 chosen = seq.token_ids[first_token : first_token + count]
-                seq.prompt_logprobs += gather_logprobs(logits, chosen, [num_top] * count)
+                seq.prompt_logprobs += self._sampler.gather_logprobs(logits, chosen, [num_top] * count)
             first_row += rows.count

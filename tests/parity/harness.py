@@ -13,14 +13,16 @@ import transformers
 from torch import Tensor
 
 from server.batching import ScheduledSequence, Scheduler, SchedulerConfig
+from server.engine.backend.base import AnyBackend
 from server.engine.backend.reference import ReferenceBackend
+from server.engine.dtype import DType
 from server.engine.inputs import PromptRows, build_inputs
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.model_runner import ModelRunner
+from server.engine.models.config import GemmaConfig
 from server.engine.models.config_reader import read_hf
-from server.engine.models.gemma import GemmaModel
-from server.engine.sampling.sampler import Sampler
+from server.engine.models.gemma import GemmaModel, prepare_weights
 from server.engine.sequence import Sequence as EngineSequence
 from server.engine.types import GenerateRequest, SamplingParams, TokenLogprob
 
@@ -89,9 +91,13 @@ def logits_of(model: Any, token_ids: Sequence[int]) -> Tensor:
 
 
 @cache
-def our_model(name: str, dtype: torch.dtype = torch.float32) -> GemmaModel:
+def our_model(name: str, dtype: DType = DType.FLOAT32) -> GemmaModel:
     config = read_hf(CONFIGS[name])
-    return GemmaModel.load(config, ReferenceBackend(torch.device("cpu"), dtype), checkpoint(name))
+    return load_model(config, ReferenceBackend(torch.device("cpu"), dtype), checkpoint(name))
+
+
+def load_model(config: GemmaConfig, backend: AnyBackend, weights: Iterable[tuple[str, Tensor]]) -> GemmaModel:
+    return GemmaModel(config, backend, prepare_weights(config, backend, weights))
 
 
 def checkpoint(name: str) -> list[tuple[str, Tensor]]:
@@ -115,17 +121,17 @@ def our_logits(model: GemmaModel, token_ids: Sequence[int], chunk: int, block_si
     manager = KVCacheManager(groups, num_blocks, block_size, False, chunk)
     seq = EngineSequence.from_request(request(token_ids))
     logits = []
-    with torch.inference_mode():
-        while seq.num_computed < seq.num_tokens:
-            num_new = min(chunk, seq.num_tokens - seq.num_computed)
-            assert manager.allocate(seq, 0, num_new)
-            scheduled = ScheduledSequence(seq, seq.num_computed, num_new, samples=False)
-            rows = PromptRows(scheduled, seq.num_computed, num_new)
-            inputs = build_inputs([scheduled], [rows], len(groups), block_size)
-            # A copy: a back end may use the same memory for the next.
-            logits.append(model.compute_logits(model.forward(inputs, kv.by_layer)).clone())
-            seq.num_computed += num_new
-            manager.commit(seq)
+    forward = model.capture(kv.by_layer, chunk)
+    while seq.num_computed < seq.num_tokens:
+        num_new = min(chunk, seq.num_tokens - seq.num_computed)
+        assert manager.allocate(seq, 0, num_new)
+        scheduled = ScheduledSequence(seq, seq.num_computed, num_new, samples=False)
+        rows = PromptRows(scheduled, seq.num_computed, num_new)
+        inputs = build_inputs([scheduled], [rows], len(groups), block_size)
+        # A copy: a back end may use the same memory for the next.
+        logits.append(torch.as_tensor(model.compute_logits(forward(inputs))).clone())
+        seq.num_computed += num_new
+        manager.commit(seq)
     return torch.cat(logits)
 
 
@@ -159,10 +165,9 @@ class Engine:
         )
         limits = SchedulerConfig(16, self.max_num_batched_tokens, 8192, self.chunk)
         self.scheduler = Scheduler(limits, self.manager, lambda: 0.0)
-        sampler = Sampler(self.model.config.vocab_size, (), "cpu")
-        self.runner = ModelRunner(
-            self.model, KVTensors(self.model.backend, groups, num_blocks, self.block_size), sampler
-        )
+        sampler = self.model.backend.sampler(self.model.config.vocab_size, ())
+        kv = KVTensors(self.model.backend, groups, num_blocks, self.block_size)
+        self.runner = ModelRunner(self.model, kv, sampler, self.max_num_batched_tokens)
 
     def generate(self, requests: Iterable[GenerateRequest], arrive_every: int = 0) -> list[list[int]]:
         """Generated ids of each request. One arrives every `arrive_every` steps; 0: all at once."""

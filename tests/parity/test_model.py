@@ -9,19 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.backend.reference import ReferenceBackend
+from server.engine.backend.reference import ReferenceBackend, ReferenceStep
+from server.engine.dtype import DType
+from server.engine.inputs import ModelInputs
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.model_runner import ModelRunner
 from server.engine.models.config import ConfigError, expected_weights
 from server.engine.models.config_reader import read_hf
-from server.engine.models.gemma import GemmaModel, embedding_scale
-from server.engine.sampling.sampler import Sampler
+from server.engine.models.gemma import GemmaModel
 from tests.parity.harness import (
     CONFIGS,
     Engine,
     checkpoint,
     hf_logits,
     hf_model,
+    load_model,
     our_logits,
     our_model,
     prompt,
@@ -32,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def load(name: str, weights: list[tuple[str, Tensor]]) -> GemmaModel:
-    return GemmaModel.load(read_hf(CONFIGS[name]), ReferenceBackend(CPU, torch.float32), weights)
+    return load_model(read_hf(CONFIGS[name]), ReferenceBackend(CPU, DType.FLOAT32), weights)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -66,10 +68,11 @@ def test_embeddings_of_a_7b_in_bf16_are_bit_for_bit_those_of_transformers() -> N
     """sqrt(3072) is 55.43, which bf16 holds as 55.5."""
     theirs: Any = copy.deepcopy(hf_model("gemma1-wide-as-7b")).to(torch.bfloat16).model.embed_tokens
     token_ids = torch.arange(20)
-    backend = ReferenceBackend(CPU, torch.bfloat16)
-    ours = backend.embed(theirs.weight, token_ids, embedding_scale(3072, torch.bfloat16))
+    step = ReferenceStep(ModelInputs(*(token_ids.numpy(),) * 3, attention=()), CPU)
+    backend = ReferenceBackend(CPU, DType.BFLOAT16)
+    ours = backend.embed(theirs.weight, DType.BFLOAT16.round(3072**0.5), step)
     assert torch.equal(ours, theirs(token_ids))
-    assert not torch.equal(ours, backend.embed(theirs.weight, token_ids, 3072**0.5))
+    assert not torch.equal(ours, backend.embed(theirs.weight, 3072**0.5, step))
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
@@ -112,7 +115,7 @@ def test_warming_up_leaves_no_trace(name: str) -> None:
     model = our_model(name)
     groups = model.config.kv_groups()
     kv = KVTensors(model.backend, groups, [3] * len(groups), 4)
-    ModelRunner(model, kv, Sampler(model.config.vocab_size, (), "cpu")).warm_up()
+    ModelRunner(model, kv, model.backend.sampler(model.config.vocab_size, ()), 64).warm_up()
     for cache in kv.by_layer:
         assert not cache.keys[1:].any()
         assert cache.keys[0].isfinite().all()

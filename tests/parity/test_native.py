@@ -16,6 +16,7 @@ from tests.parity.harness import (
     assert_greedy,
     checkpoint,
     hf_logits,
+    load_model,
     our_logits,
     prompt,
     request,
@@ -29,7 +30,7 @@ REQUESTS = [request(token_ids, request_id=f"r{index}") for index, token_ids in e
 
 @cache
 def native_model(name: str, level: str, dtype: torch.dtype = torch.float32) -> GemmaModel:
-    return GemmaModel.load(read_hf(CONFIGS[name]), native_backend(dtype, level), checkpoint(name))
+    return load_model(read_hf(CONFIGS[name]), native_backend(dtype, level), checkpoint(name))
 
 
 @every_level

@@ -18,11 +18,11 @@ import transformers
 from server import embedded_model
 from server.cache_directory import cache_directory
 from server.engine.backend.reference import ReferenceBackend
-from server.engine.models.gemma import GemmaModel
+from server.engine.dtype import DType
 from server.engine.models.loader import open_checkpoint
 from server.gguf_tokenizer import tokenizer_for_gguf
 from server.tokenizer import Tokenizer
-from tests.parity.harness import Engine, logits_of, request
+from tests.parity.harness import Engine, load_model, logits_of, request
 
 NEAR_TIE = 1e-3
 NUM_TOKENS = 32
@@ -72,8 +72,8 @@ def test_greedy_tokens_equal_transformers_on_the_real_model() -> None:
 
 def _continuations(path: Path, prompts: list[list[int]]) -> list[list[int]]:
     checkpoint = open_checkpoint(path)
-    backend = ReferenceBackend(torch.device("cpu"), torch.float32)
-    model = GemmaModel.load(checkpoint.config, backend, checkpoint.tensors(torch.float32, backend.device))
+    backend = ReferenceBackend(torch.device("cpu"), DType.FLOAT32)
+    model = load_model(checkpoint.config, backend, checkpoint.tensors(DType.FLOAT32, "cpu"))
     engine = Engine(model, block_size=16, num_blocks=200, max_num_batched_tokens=256)
     return engine.generate(
         request(token_ids, request_id=str(index), max_tokens=NUM_TOKENS, stop_token_ids=(1,))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from server.engine.device import DeviceError, _cgroup_cores, default_num_threads, resolve_device, resolve_dtype
+from server.engine.dtype import DType
 from server.engine.models.config import GemmaConfig
 from server.engine.models.config_reader import read_hf
 
@@ -16,9 +17,9 @@ LATER = [read_hf({"model_type": model_type}) for model_type in ("gemma2", "gemma
 
 
 def test_dtype_auto_is_bfloat16_and_names_are_taken_literally() -> None:
-    assert resolve_dtype("auto", GEMMA_1) is torch.bfloat16
-    assert resolve_dtype("float32", LATER[0]) is torch.float32
-    assert resolve_dtype("float16", GEMMA_1) is torch.float16
+    assert resolve_dtype("auto", GEMMA_1) is DType.BFLOAT16
+    assert resolve_dtype("float32", LATER[0]) is DType.FLOAT32
+    assert resolve_dtype("float16", GEMMA_1) is DType.FLOAT16
 
 
 @pytest.mark.parametrize("config", LATER)
@@ -35,9 +36,10 @@ def test_unknown_dtype_and_device_are_refused_by_name() -> None:
 
 
 def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.device._has_gpu_driver", lambda: True)
     for available, expected in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        assert resolve_device("auto").type == expected
+        assert resolve_device("auto") == expected
     with pytest.raises(DeviceError, match="--device cuda"):
         resolve_device("cuda")
 

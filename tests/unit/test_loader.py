@@ -16,12 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from server.engine.dtype import DType
 from server.engine.models.config import expected_weights
 from server.engine.models.config_reader import read_hf
 from server.engine.models.loader import LoadError, open_checkpoint
 from server.engine.models.safetensors_dir import read_config
-
-CPU = torch.device("cpu")
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 48,
@@ -64,8 +63,8 @@ def save(path: Path, weights: dict[str, Tensor], prefix: str = "model.") -> None
     save_file({prefix + name: tensor for name, tensor in weights.items()}, path)
 
 
-def load(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return dict(open_checkpoint(path).tensors(dtype, CPU))
+def load(path: Path, dtype: DType = DType.FLOAT32) -> dict[str, Tensor]:
+    return dict(open_checkpoint(path).tensors(dtype, "cpu"))
 
 
 def assert_equal(loaded: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -150,14 +149,14 @@ def test_a_gguf_file_gives_the_weights_of_the_checkpoint_it_was_made_from(
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
     assert checkpoint.config.model_type == MODEL_TYPES[architecture]
     assert checkpoint.num_parameters == sum(tensor.numel() for tensor in weights.values())
-    assert_equal(dict(checkpoint.tensors(torch.float32, CPU)), weights)
+    assert_equal(dict(checkpoint.tensors(DType.FLOAT32, "cpu")), weights)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "F16", "BF16"])
 def test_a_quantised_gguf_file_is_decoded(tmp_path: Path, kind: str) -> None:
     weights = random_weights("gemma3_text")
     write_gguf(tmp_path / "m.gguf", "gemma3", gguf_tensors("gemma3", weights), kind)
-    loaded = load(tmp_path / "m.gguf", torch.bfloat16)
+    loaded = load(tmp_path / "m.gguf", DType.BFLOAT16)
     assert loaded.keys() == weights.keys()
     for name, tensor in weights.items():
         assert torch.allclose(loaded[name].float(), tensor.float(), atol=0.03), name
@@ -198,12 +197,12 @@ def test_each_known_prefix_is_stripped(directory: Path, prefix: str) -> None:
 
 
 def test_norms_come_in_float32_and_the_rest_in_the_dtype_asked_for(directory: Path) -> None:
-    for name, tensor in load(directory, torch.bfloat16).items():
+    for name, tensor in load(directory, DType.BFLOAT16).items():
         assert tensor.dtype == (torch.float32 if tensor.ndim == 1 else torch.bfloat16), name
 
 
 def test_tensors_outlive_the_file(directory: Path) -> None:
-    loaded = load(directory, torch.bfloat16)
+    loaded = load(directory, DType.BFLOAT16)
     with (directory / "model.safetensors").open("r+b") as file:
         file.write(bytes(os.path.getsize(directory / "model.safetensors")))
     assert_equal(loaded, random_weights("gemma3_text"))

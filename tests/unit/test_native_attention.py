@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.backend.base import AnyBackend
 from server.engine.inputs import AttentionMetadata, ModelInputs
 from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
 from tests.one_torch_thread import one_torch_thread
 from tests.unit.native_backends import (
-    REFERENCE,
     THREADS,
+    Native,
+    Reference,
     every_dtype,
     every_level,
     native_backend,
@@ -35,13 +35,14 @@ class Attention:
 
     def __init__(
         self,
-        backend: AnyBackend,
+        native: Native | Reference,
         spec: AttentionSpec,
         block_size: int,
         qk_norm: bool = True,
         poison: float = 0.0,
     ) -> None:
-        self.backend = backend
+        self.native = native
+        backend: Any = native.backend
         self.spec = spec
         self.block_size = block_size
         norms = [
@@ -56,14 +57,14 @@ class Attention:
         spec = self.spec
         blocks_of = [-(-length // self.block_size) for length in lengths]
         group = KVGroupSpec("full", spec.window, (0,), spec.num_kv_heads, spec.head_dim)
-        cache = self.backend.allocate_kv(group, sum(blocks_of), self.block_size)[0]
+        cache = self.native.backend.allocate_kv(group, sum(blocks_of), self.block_size)[0]
         if self.poison:
             for storage in (cache.keys, cache.values):
-                storage.view(self.backend.dtype).fill_(self.poison)
+                torch.as_tensor(storage).view(self.native.dtype).fill_(self.poison)
         order = np.random.default_rng(0).permutation(sum(blocks_of)).astype(np.int32) + 1
         tables = np.split(order, np.cumsum(blocks_of)[:-1])
         width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-        qkv = [normal(n, width, dtype=self.backend.dtype, seed=i) for i, n in enumerate(lengths)]
+        qkv = [normal(n, width, dtype=self.native.dtype, seed=i) for i, n in enumerate(lengths)]
         computed = [0] * len(lengths)
         results: list[list[Tensor]] = [[] for _ in lengths]
         for counts in steps:
@@ -76,7 +77,7 @@ class Attention:
                 np.zeros(len(positions), dtype=np.int64), positions, np.zeros(0, dtype=np.int64), (metadata,)
             )
             rows = torch.cat([qkv[i][computed[i] : computed[i] + counts[i]] for i in active])
-            out = self.backend.attention(rows, self.layer, cache, self.backend.begin_step(inputs, [self.layer]))
+            out = self.native.attention(rows, self.layer, cache, inputs)
             for i, part in zip(active, out.split([counts[i] for i in active]), strict=True):
                 results[i].append(part)
                 computed[i] += counts[i]
@@ -116,9 +117,9 @@ def assert_equals_reference(
     poison: float = 0.0,
 ) -> None:
     new, lengths = MIXED
-    expected = Attention(REFERENCE[dtype], spec, block_size, qk_norm).run(lengths, steps_of(new, lengths))
+    expected = Attention(Reference(dtype), spec, block_size, qk_norm).run(lengths, steps_of(new, lengths))
     for num_threads in THREADS:
-        backend = native_backend(dtype, level, num_threads)
+        backend = Native(dtype, level, num_threads)
         ours = Attention(backend, spec, block_size, qk_norm, poison).run(lengths, steps_of(new, lengths))
         if dtype is torch.float32:
             torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
@@ -174,7 +175,7 @@ def test_a_row_depends_on_the_tokens_before_it_alone(
     """Bit for bit: not on chunks, batch, block size or threads."""
     spec = AttentionSpec(4, 1, 64, 0.12, window, None)
     lengths = [300, 140, 17]
-    expected = Attention(native_backend(dtype, level), spec, 16).run(lengths, [lengths])
+    expected = Attention(Native(dtype, level), spec, 16).run(lengths, [lengths])
     ways = {
         "one sequence after the other": [[300, 0, 0], [0, 140, 0], [0, 0, 17]],
         "decodes beside chunks": [[299, 3, 16], [1, 137, 1]],
@@ -184,7 +185,7 @@ def test_a_row_depends_on_the_tokens_before_it_alone(
     for name, steps in ways.items():
         for num_threads in THREADS:
             for block_size in (4, 32):
-                attention = Attention(native_backend(dtype, level, num_threads), spec, block_size)
+                attention = Attention(Native(dtype, level, num_threads), spec, block_size)
                 assert torch.equal(attention.run(lengths, steps), expected), name
 
 
@@ -192,9 +193,9 @@ def test_a_row_depends_on_the_tokens_before_it_alone(
 def test_long_contexts_of_few_sequences_are_shared_out_among_the_threads(level: str) -> None:
     """Spans computed by different threads are merged in the same order as by one."""
     spec = AttentionSpec(2, 1, 32, 0.2, None, None)
-    alone = Attention(native_backend(torch.float32, level, 1), spec, 16).run([1500], [[1499], [1]])
-    shared = Attention(native_backend(torch.float32, level, 2), spec, 16).run([1500], [[1499], [1]])
-    expected = Attention(REFERENCE[torch.float32], spec, 16).run([1500], [[1499], [1]])
+    alone = Attention(Native(torch.float32, level, 1), spec, 16).run([1500], [[1499], [1]])
+    shared = Attention(Native(torch.float32, level, 2), spec, 16).run([1500], [[1499], [1]])
+    expected = Attention(Reference(torch.float32), spec, 16).run([1500], [[1499], [1]])
     assert torch.equal(alone, shared)
     torch.testing.assert_close(shared, expected, atol=1e-5, rtol=0)
 
@@ -203,5 +204,5 @@ def test_kv_storage_takes_what_it_says() -> None:
     backend = native_backend(torch.bfloat16)
     group = KVGroupSpec("full", None, (0, 2, 5), 2, 32)
     caches = backend.allocate_kv(group, num_blocks=7, block_size=16)
-    total = sum(x.numel() * x.element_size() for cache in caches for x in (cache.keys, cache.values))
+    total = sum(x.nbytes for cache in caches for x in (cache.keys, cache.values))
     assert total == 8 * backend.kv_bytes_per_block(group, 16)

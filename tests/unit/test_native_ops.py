@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.backend.base import AnyBackend
 from tests.one_torch_thread import one_torch_thread
 from tests.unit.native_backends import (
     REFERENCE,
     THREADS,
+    Native,
     every_dtype,
     every_level,
-    native_backend,
 )
 
 __all__ = ["one_torch_thread"]  # a fixture
@@ -45,13 +44,13 @@ def assert_near(ours: Tensor, expected: Tensor, fp32: float = 2e-6) -> None:
 def test_linear_equals_the_reference_for_every_number_of_rows(
     level: str, dtype: torch.dtype, outputs: int, inputs: int
 ) -> None:
-    backend = native_backend(dtype, level)
+    native = Native(dtype, level)
     weight = normal(outputs, inputs, dtype=dtype) / math.sqrt(inputs)
-    packed = backend.prepare_linear(weight)
+    packed = native.backend.prepare_linear(weight)
     x = normal(max(ROWS), inputs, dtype=dtype, seed=1)
     expected = (x.double() @ weight.double().T).to(dtype)
     for rows in ROWS:
-        assert_near(backend.linear(x[:rows], packed), expected[:rows], fp32=3e-6)
+        assert_near(native.linear(x[:rows], packed), expected[:rows], fp32=3e-6)
 
 
 @every_level
@@ -59,21 +58,23 @@ def test_linear_equals_the_reference_for_every_number_of_rows(
 def test_linear_equals_the_reference_for_more_rows_and_panels_than_a_block(
     level: str, dtype: torch.dtype
 ) -> None:
-    backend = native_backend(dtype, level)
+    native = Native(dtype, level)
     weight, x = normal(2000, 96, dtype=dtype) / math.sqrt(96), normal(250, 96, dtype=dtype, seed=1)
-    assert_near(backend.linear(x, backend.prepare_linear(weight)), (x.double() @ weight.double().T).to(dtype))
+    assert_near(
+        native.linear(x, native.backend.prepare_linear(weight)), (x.double() @ weight.double().T).to(dtype)
+    )
 
 
 @every_level
 @every_dtype
 def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it(level: str, dtype: torch.dtype) -> None:
-    packed = native_backend(dtype, level).prepare_linear(normal(333, 1100, dtype=dtype))
+    packed = Native(dtype, level).backend.prepare_linear(normal(333, 1100, dtype=dtype))
     x = normal(250, 1100, dtype=dtype, seed=1)
-    of_all = native_backend(dtype, level).linear(x, packed)
+    of_all = Native(dtype, level).linear(x, packed)
     for num_threads in THREADS:
-        backend = native_backend(dtype, level, num_threads)
+        native = Native(dtype, level, num_threads)
         for rows in (*ROWS, 119, 120, 121, 250):
-            assert torch.equal(backend.linear(x[-rows:], packed), of_all[-rows:])
+            assert torch.equal(native.linear(x[-rows:], packed), of_all[-rows:])
 
 
 @every_level
@@ -82,12 +83,12 @@ def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it(level: str, dt
 def test_logits_are_rounded_as_a_linear_layers_output_and_then_soft_capped(
     level: str, dtype: torch.dtype, softcap: float | None
 ) -> None:
-    backend = native_backend(dtype, level)
+    native = Native(dtype, level)
     weight, hidden = normal(77, 40, dtype=dtype), normal(9, 40, dtype=dtype, seed=1)
-    packed = backend.prepare_embedding(weight)
-    rounded = backend.linear(hidden, packed).float()
+    packed = native.backend.prepare_embedding(weight)
+    rounded = native.linear(hidden, packed).float()
     expected = rounded if softcap is None else softcap * torch.tanh(rounded.double() / softcap).float()
-    ours = backend.logits(hidden, packed, softcap)
+    ours = native.logits(hidden, packed, softcap)
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
 
 
@@ -101,22 +102,22 @@ def test_embedding_rows_are_those_of_the_table_times_the_scale(
     level: str, dtype: torch.dtype, width: int
 ) -> None:
     table, ids = normal(50, width, dtype=dtype), torch.tensor([0, 49, 17, 16, 15, 15])
-    backend = native_backend(dtype, level)
-    ours = backend.embed(backend.prepare_embedding(table), ids, 25.25)
-    assert torch.equal(ours, REFERENCE[dtype].embed(table, ids, 25.25))
+    native = Native(dtype, level)
+    ours = native.embed(native.backend.prepare_embedding(table), ids, 25.25)
+    assert torch.equal(ours, torch.nn.functional.embedding(ids, table) * 25.25)
 
 
 @every_level
 @every_dtype
 @pytest.mark.parametrize("width", [1, 16, 40, 641])
 def test_norms_equal_the_reference(level: str, dtype: torch.dtype, width: int) -> None:
-    backend, reference = native_backend(dtype, level), REFERENCE[dtype]
+    native, reference = Native(dtype, level), REFERENCE[dtype]
     weight = 0.3 * normal(width, dtype=dtype)
     x, residual = normal(9, width, dtype=dtype, seed=1), normal(9, width, dtype=dtype, seed=2)
-    ours = backend.rms_norm(x, backend.prepare_norm(weight), 1e-6)
+    ours = native.rms_norm(x, native.backend.prepare_norm(weight), 1e-6)
     assert_near(ours, reference.rms_norm(x, reference.prepare_norm(weight), 1e-6))
     expected = reference.add_rms_norm(residual.clone(), x.clone(), reference.prepare_norm(weight), 1e-6)
-    total, normed = backend.add_rms_norm(residual, x, backend.prepare_norm(weight), 1e-6)
+    total, normed = native.add_rms_norm(residual, x, native.backend.prepare_norm(weight), 1e-6)
     assert torch.equal(total, expected[0])
     assert_near(normed, expected[1])
 
@@ -124,9 +125,9 @@ def test_norms_equal_the_reference(level: str, dtype: torch.dtype, width: int) -
 @every_level
 @every_dtype
 def test_the_epsilon_is_added_to_the_mean_square(level: str, dtype: torch.dtype) -> None:
-    backend = native_backend(dtype, level)
-    ours = backend.rms_norm(
-        torch.full((1, 8), 2.0**-10, dtype=dtype), backend.prepare_norm(torch.zeros(8)), 2.0**-20
+    native = Native(dtype, level)
+    ours = native.rms_norm(
+        torch.full((1, 8), 2.0**-10, dtype=dtype), native.backend.prepare_norm(torch.zeros(8)), 2.0**-20
     )
     torch.testing.assert_close(ours.float(), torch.full((1, 8), math.sqrt(0.5)), atol=2e-3, rtol=0)
 
@@ -136,7 +137,7 @@ def test_the_epsilon_is_added_to_the_mean_square(level: str, dtype: torch.dtype)
 def test_geglu_equals_the_reference_over_the_whole_range(level: str, dtype: torch.dtype) -> None:
     gate = torch.cat((torch.linspace(-12, 12, 1003), torch.tensor([-300.0, -1e-4, 0.0, 1e-4, 300.0])))
     gate_up = torch.cat((gate, normal(1008)))[None].to(dtype)
-    ours, expected = native_backend(dtype, level).geglu(gate_up), REFERENCE[dtype].geglu(gate_up)
+    ours, expected = Native(dtype, level).geglu(gate_up), REFERENCE[dtype].geglu(gate_up)
     assert_near(ours, expected)
     # Below -3 the 1 + tanh of the reference cancels. Were the activation not rounded, a quarter would differ.
     differs = (ours != expected)[0, gate > -3]
@@ -148,16 +149,16 @@ def test_geglu_equals_the_reference_over_the_whole_range(level: str, dtype: torc
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_numbers_that_are_none_stay_visible(level: str, dtype: torch.dtype, value: float) -> None:
     """A row that overflowed must end in a NaN or an infinity, for the sampler to refuse it."""
-    backend: AnyBackend = native_backend(dtype, level)
+    native = Native(dtype, level)
     x = normal(2, 32, dtype=dtype)
     x[0, 5] = value
-    weight = backend.prepare_linear(normal(16, 32, dtype=dtype))
+    weight = native.backend.prepare_linear(normal(16, 32, dtype=dtype))
     for result in (
-        backend.linear(x, weight),
-        backend.logits(x, weight, None),
-        backend.logits(x, weight, 30.0) if math.isnan(value) else backend.logits(x, weight, None),
-        backend.rms_norm(x, backend.prepare_norm(torch.zeros(32)), 1e-6),
-        backend.geglu(x),
+        native.linear(x, weight),
+        native.logits(x, weight, None),
+        native.logits(x, weight, 30.0) if math.isnan(value) else native.logits(x, weight, None),
+        native.rms_norm(x, native.backend.prepare_norm(torch.zeros(32)), 1e-6),
+        native.geglu(x),
     ):
         assert not result[0].isfinite().all()
         assert result[1].isfinite().all()

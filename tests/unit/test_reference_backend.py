@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.backend.reference import ReferenceBackend, Rope, rope_angles
+from server.engine.backend.reference import ReferenceBackend, ReferenceStep, Rope, rope_angles
 from server.engine.backend.reference_attention import KVCache, paged_attention, plan_attention
 from server.engine.backend.scratch import Scratch
 from server.engine.backend.upcast import UpcastMatmul
-from server.engine.inputs import AttentionMetadata
+from server.engine.dtype import DType
+from server.engine.inputs import AttentionMetadata, ModelInputs
 from server.engine.models.config import AttentionSpec, KVGroupSpec
-from server.engine.models.gemma import embedding_scale
 
 CPU = torch.device("cpu")
-BF16 = ReferenceBackend(CPU, torch.bfloat16)
-FP32 = ReferenceBackend(CPU, torch.float32)
+BF16 = ReferenceBackend(CPU, DType.BFLOAT16)
+FP32 = ReferenceBackend(CPU, DType.FLOAT32)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -77,15 +77,14 @@ def test_geglu_is_the_tanh_approximation_of_the_gate_times_up() -> None:
     ],
 )
 def test_the_embedding_scale_is_rounded_to_bf16(hidden_size: int, expected: float) -> None:
-    assert embedding_scale(hidden_size, torch.bfloat16) == expected
-    assert embedding_scale(hidden_size, torch.float32) == pytest.approx(hidden_size**0.5, rel=1e-7)
+    assert DType.BFLOAT16.round(hidden_size**0.5) == expected
+    assert DType.FLOAT32.round(hidden_size**0.5) == pytest.approx(hidden_size**0.5, rel=1e-7)
 
 
 def test_embeddings_equal_the_rows_times_the_rounded_scale() -> None:
     table = normal(5, 3072).bfloat16()
-    ours = BF16.embed(
-        BF16.prepare_embedding(table), torch.tensor([4, 0]), embedding_scale(3072, torch.bfloat16)
-    )
+    step = ReferenceStep(ModelInputs(*(np.array([4, 0]),) * 3, attention=()), CPU)
+    ours = BF16.embed(BF16.prepare_embedding(table), DType.BFLOAT16.round(3072**0.5), step)
     assert torch.equal(ours, table[[4, 0]] * torch.tensor(55.5, dtype=torch.bfloat16))
 
 

@@ -3,25 +3,28 @@
 Laws:
 
 - Weights go in once through `prepare_*` and come back as the back end's own form; nobody else looks inside.
-- A step begins with `begin_step`, which moves the step's arrays to the device and plans the attention once for
-  all layers. The operations of the step get what it returned.
-- Between operations, activations are plain tensors [rows, width] in the back end's dtype on its device.
-- An operation may overwrite its activation arguments only where its docstring says so.
+- The decoder's forward pass is handed over once, to `capture`, as a function that calls these operations and
+  does nothing else. A back end may call it at every step, or once to learn what a step consists of.
+- What passes between operations are arrays [rows, width] in the back end's own form.
+- An operation may overwrite its array arguments only where its docstring says so.
 
 `reference.ReferenceBackend` defines the arithmetic: every other back end is tested against it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import torch
-from torch import Tensor
-
+from server.engine.dtype import DType
 from server.engine.inputs import ModelInputs
 from server.engine.models.config import KVGroupSpec, LayerSpec
+from server.engine.sampling.types import SampledToken
+from server.engine.sequence import Sequence as EngineSequence
+from server.engine.types import TokenLogprob
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LinearT = TypeVar("LinearT")
 """A prepared weight matrix."""
@@ -33,31 +36,40 @@ AttentionT = TypeVar("AttentionT")
 """A prepared attention layer."""
 CacheT = TypeVar("CacheT")
 """The keys and values of one layer, all blocks."""
-StepT = TypeVar("StepT", bound="Step")
+ArrayT = TypeVar("ArrayT")
+"""[rows, width], during a step."""
+HiddenT = TypeVar("HiddenT")
+"""[rows, hidden], a step's result: can be sliced by rows."""
+LogitsT = TypeVar("LogitsT")
+"""[rows, vocabulary] in fp32."""
+AnyLogitsT = TypeVar("AnyLogitsT", contravariant=True)
+StepT = TypeVar("StepT")
+"""A step's arrays and what was derived from them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What every back end's plan of a step holds; back ends add their own fields."""
+class TokenSampler(Protocol[AnyLogitsT]):
+    """What `sampling.sampler` describes, for the logits of one back end."""
 
-    token_ids: Tensor
-    """[T]"""
-    output_rows: Tensor
-    """[R]: the rows whose hidden state is wanted."""
+    def sample(self, logits: AnyLogitsT, seqs: Sequence[EngineSequence]) -> list[SampledToken]:
+        """One token for each row of logits, which may be overwritten; row i belongs to seqs[i]."""
+
+    def gather_logprobs(
+        self, logits: AnyLogitsT, chosen: Sequence[int], num_top: Sequence[int]
+    ) -> list[TokenLogprob]:
+        """The log-softmax at chosen[i] and at the num_top[i] likeliest of row i."""
 
 
-class Backend(Protocol[LinearT, TableT, NormT, AttentionT, CacheT, StepT]):
+class Backend(Protocol[LinearT, TableT, NormT, AttentionT, CacheT, ArrayT, HiddenT, LogitsT, StepT]):
     name: str
-    device: torch.device
-    dtype: torch.dtype
+    dtype: DType
 
     # --- once, at load -------------------------------------------------------------------------------------
 
     def prepare_linear(self, weight: Tensor) -> LinearT:
-        """weight: [out, in] in the back end's dtype. The back end may keep this very tensor."""
+        """weight: [out, in]. The back end may keep this very tensor."""
 
     def prepare_embedding(self, weight: Tensor) -> TableT:
-        """weight: [vocabulary, hidden] in the back end's dtype. The back end may keep this very tensor."""
+        """weight: [vocabulary, hidden]. The back end may keep this very tensor."""
 
     def prepare_norm(self, weight: Tensor) -> NormT:
         """weight: [width] as checkpoints hold it, so that the norm multiplies by 1 + weight."""
@@ -73,43 +85,52 @@ class Backend(Protocol[LinearT, TableT, NormT, AttentionT, CacheT, StepT]):
     def allocate_kv(self, group: KVGroupSpec, num_blocks: int, block_size: int) -> list[CacheT]:
         """Storage for blocks 0 .. num_blocks, for each layer of the group. Block 0 is never read unmasked."""
 
-    # --- once a step ---------------------------------------------------------------------------------------
+    def capture(self, forward: Callable[[StepT], ArrayT], max_tokens: int) -> Callable[[ModelInputs], HiddenT]:
+        """A function that computes a step of at most max_tokens tokens as `forward` does.
 
-    def begin_step(self, inputs: ModelInputs, attention_layers: Sequence[AttentionT]) -> StepT:
-        """Moves the step's arrays to the device and plans the attention of all these layers."""
+        It returns the rows `inputs.output_rows` of forward's result, in memory of their own.
+        """
+
+    def sampler(self, vocab_size: int, suppress_token_ids: tuple[int, ...]) -> TokenSampler[LogitsT]:
+        """Chooses tokens from what `logits` returns."""
 
     # --- in a step -----------------------------------------------------------------------------------------
 
-    def embed(self, table: TableT, token_ids: Tensor, scale: float) -> Tensor:
-        """Rows of the table times the scale, which is exact in the back end's dtype. [T] -> [T, hidden]"""
+    def embed(self, table: TableT, scale: float, step: StepT) -> ArrayT:
+        """The rows of the step's tokens times the scale, which is exact in the back end's dtype."""
 
-    def linear(self, x: Tensor, weight: LinearT) -> Tensor:
+    def linear(self, x: ArrayT, weight: LinearT) -> ArrayT:
         """x @ weight.T, accumulated in fp32 and rounded once. [T, in] -> [T, out]"""
 
-    def rms_norm(self, x: Tensor, weight: NormT, eps: float) -> Tensor:
+    def rms_norm(self, x: ArrayT, weight: NormT, eps: float) -> ArrayT:
         """x / rms(x) * (1 + weight), all in fp32 and rounded once."""
 
     def add_rms_norm(
-        self, residual: Tensor, update: Tensor, weight: NormT, eps: float
-    ) -> tuple[Tensor, Tensor]:
+        self, residual: ArrayT, update: ArrayT, weight: NormT, eps: float
+    ) -> tuple[ArrayT, ArrayT]:
         """(residual + update, rms_norm(residual + update)); may overwrite both arguments."""
 
-    def attention(self, qkv: Tensor, layer: AttentionT, cache: CacheT, step: StepT) -> Tensor:
+    def attention(self, qkv: ArrayT, layer: AttentionT, cache: CacheT, step: StepT) -> ArrayT:
         """All between the fused projection and the output projection.
 
         Normalises q and k where the layer does, rotates them, stores k and v in their slots, attends.
         [T, (heads + 2 * kv_heads) * head_dim] -> [T, heads * head_dim]
         """
 
-    def geglu(self, gate_up: Tensor) -> Tensor:
+    def geglu(self, gate_up: ArrayT) -> ArrayT:
         """tanh-gelu(gate) * up. [T, 2 * ffn], gate first -> [T, ffn]"""
 
-    def logits(self, hidden: Tensor, table: TableT, softcap: float | None) -> Tensor:
+    # --- after a step --------------------------------------------------------------------------------------
+
+    def logits(self, hidden: HiddenT, table: TableT, softcap: float | None) -> LogitsT:
         """hidden @ table.T, soft-capped in fp32. [S, hidden] -> [S, vocabulary] fp32
 
         The caller may overwrite the result, and must be done with it before it asks for the next.
         """
 
 
-AnyBackend = Backend[Any, Any, Any, Any, Any, Any]
-"""A back end as its user sees it, to whom the prepared forms are opaque."""
+AnyBackend = Backend[Any, Any, Any, Any, Any, Any, Any, Any, Any]
+"""A back end as its user sees it, to whom its forms are opaque."""
+
+PreparedWeights = Mapping[str, Any]
+"""A model's matrices and norms in one back end's form, by name."""

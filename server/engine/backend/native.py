@@ -6,22 +6,23 @@ Laws:
 - What it computes for a row is bit for bit the same whatever else is in the step, in however many chunks a
   prompt comes and with however many threads.
 - It owns its threads and its scratch memory: two back ends share nothing. One step at a time.
+- A step is one native call: `capture` records the decoder's operations (native_program).
+- torch is not imported, unless weights come as its tensors.
 """
 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
 from ctypes import byref
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
-from server.engine.backend.base import Step
+from server.engine.backend.memory import Bytes, huge_pages, zeros_on_demand
 from server.engine.backend.native_calls import (
     BF16,
     F32,
@@ -34,22 +35,31 @@ from server.engine.backend.native_calls import (
     declare,
 )
 from server.engine.backend.native_library import NativeUnavailableError, load_library
-from server.engine.backend.reference import AttentionLayer, Rope, rope_angles
-from server.engine.backend.scratch import Scratch, zeros_on_demand
-from server.engine.inputs import AttentionMetadata, ModelInputs
-from server.engine.models.config import KVGroupSpec, LayerSpec
+from server.engine.backend.native_program import Array, Recording, Register, Rope
+from server.engine.dtype import DType
+from server.engine.inputs import ModelInputs
+from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEVELS: Final = ("avx2", "avx512")
 """From the lowest to the highest, as the library numbers them from 1."""
-_TYPES = {torch.float32: F32, torch.bfloat16: BF16}
+_TYPES: dict[DType, tuple[int, np.dtype[Any]]] = {
+    DType.FLOAT32: (F32, np.dtype(np.float32)),
+    DType.BFLOAT16: (BF16, np.dtype(np.uint16)),
+}
+"""The library's number of each type, and what numpy holds it in (which has no bf16)."""
 _PANEL = 16
+
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
     """[outputs, inputs] in the layout of csrc/calls.h."""
 
-    data: Tensor
+    data: Bytes
     outputs: int
     inputs: int
 
@@ -58,41 +68,20 @@ class PackedMatrix:
 class PackedKV:
     """One layer's keys and values, 16 slots to a panel."""
 
-    keys: Tensor
-    values: Tensor
-
-
-class _Addresses(NamedTuple):
-    """Of a KV group's arrays, in the order of AttentionCall's fields."""
-
-    sequences: int
-    query_start: int
-    seq_lens: int
-    block_table: int
-    table_width: int
-    slots: int
-    block_size: int
-
-    @classmethod
-    def of(cls, metadata: AttentionMetadata) -> _Addresses:
-        return cls(
-            metadata.seq_lens.shape[0],
-            metadata.query_start.ctypes.data,
-            metadata.seq_lens.ctypes.data,
-            metadata.block_table.ctypes.data,
-            metadata.block_table.shape[1],
-            metadata.slot_mapping.ctypes.data,
-            metadata.block_size,
-        )
+    keys: Bytes
+    values: Bytes
 
 
 @dataclass(frozen=True, slots=True)
-class NativeStep(Step):
-    angles: dict[Rope, tuple[Tensor, Tensor]]
-    """cos and sin, each [T, 1, head_dim / 2] fp32."""
-    attention: tuple[AttentionMetadata, ...]
-    """One for each KV group; kept because the addresses point into it."""
-    addresses: tuple[_Addresses, ...]
+class NativeAttention:
+    """A prepared attention layer; its norms multiply by the fp32 [head_dim] that they hold."""
+
+    spec: AttentionSpec
+    rope: Rope
+    group: int
+    q_norm: Floats | None
+    k_norm: Floats | None
+    eps: float
 
 
 class NativeBackend:
@@ -100,7 +89,7 @@ class NativeBackend:
 
     name = "native"
 
-    def __init__(self, dtype: torch.dtype, num_threads: int, level: str = "auto") -> None:
+    def __init__(self, dtype: DType, num_threads: int, level: str = "auto") -> None:
         """level: one of LEVELS, or auto for the highest that the processor has.
 
         Raises NativeUnavailableError where there is no library and none can be built, or none for this
@@ -108,8 +97,8 @@ class NativeBackend:
         """
         if dtype not in _TYPES:
             raise NativeUnavailableError(f"they compute in bfloat16 and float32, not in {dtype}")
-        self.device = torch.device("cpu")
         self.dtype = dtype
+        self._type, self._element = _TYPES[dtype]
         self._library = load_library()
         declare(self._library)
         best = self._library.gemma_best_level()
@@ -121,35 +110,37 @@ class NativeBackend:
                 f"the processor has no {level}; its highest level is {LEVELS[best - 1]}"
             )
         self.level = LEVELS[number - 1]
-        self._type = _TYPES[dtype]
         engine = self._library.gemma_create(number, num_threads)
         if engine is None:
             raise NativeUnavailableError("their threads cannot be started")
         self._engine = ctypes.c_void_p(engine)
-        self._scratch = Scratch(self.device)
+        self._logits = np.empty((0, 1), dtype=np.float32)
         weakref.finalize(self, self._library.gemma_destroy, self._engine)
 
     # --- once, at load -------------------------------------------------------------------------------------
 
     def prepare_linear(self, weight: Tensor) -> PackedMatrix:
-        weight = weight.contiguous()
+        import torch
+
+        weight = weight.to(getattr(torch, self.dtype)).contiguous()
         outputs, inputs = weight.shape
-        data = _huge_pages(self._library.gemma_packed_size(self._type, outputs, inputs))
-        call = PackCall(self._type, weight.data_ptr(), data.data_ptr(), outputs, inputs)
+        data = huge_pages(self._library.gemma_packed_size(self._type, outputs, inputs))
+        call = PackCall(self._type, weight.data_ptr(), data.ctypes.data, outputs, inputs)
         self._library.gemma_pack(self._engine, byref(call))
         return PackedMatrix(data, outputs, inputs)
 
     def prepare_embedding(self, weight: Tensor) -> PackedMatrix:
         return self.prepare_linear(weight)
 
-    def prepare_norm(self, weight: Tensor) -> Tensor:
-        return 1.0 + weight.to(torch.float32).contiguous()
+    def prepare_norm(self, weight: Tensor) -> Floats:
+        norm: Floats = weight.float().numpy() + np.float32(1.0)
+        return norm
 
     def prepare_attention(
-        self, spec: LayerSpec, group: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
-    ) -> AttentionLayer:
+        self, spec: LayerSpec, group: int, q_norm: Floats | None, k_norm: Floats | None, eps: float
+    ) -> NativeAttention:
         rope = Rope(spec.attention.head_dim, spec.rope_theta, spec.rope_scale)
-        return AttentionLayer(spec.attention, rope, group, q_norm, k_norm, eps)
+        return NativeAttention(spec.attention, rope, group, q_norm, k_norm, eps)
 
     def kv_bytes_per_block(self, group: KVGroupSpec, block_size: int) -> int:
         per_slot = 2 * group.num_kv_heads * _padded(group.head_dim) * self.dtype.itemsize
@@ -160,117 +151,119 @@ class NativeBackend:
         size = num_slots * group.num_kv_heads * _padded(group.head_dim) * self.dtype.itemsize
         return [PackedKV(zeros_on_demand(size), zeros_on_demand(size)) for _ in group.layer_indices]
 
-    # --- once a step ---------------------------------------------------------------------------------------
+    def capture(
+        self, forward: Callable[[Recording], Register], max_tokens: int
+    ) -> Callable[[ModelInputs], Array]:
+        recording = self.record()
+        result = forward(recording)
+        program = recording.finish((result,), max_tokens, owner=forward)
 
-    def begin_step(self, inputs: ModelInputs, attention_layers: Sequence[AttentionLayer]) -> NativeStep:
-        positions = torch.from_numpy(inputs.positions)
-        return NativeStep(
-            token_ids=torch.from_numpy(inputs.token_ids),
-            output_rows=torch.from_numpy(inputs.output_rows),
-            angles={rope: rope_angles(rope, positions) for rope in {layer.rope for layer in attention_layers}},
-            attention=inputs.attention,
-            addresses=tuple(map(_Addresses.of, inputs.attention)),
-        )
+        def run(inputs: ModelInputs) -> Array:
+            program.run(self._library, self._engine, inputs)
+            hidden: Array = program.rows(result)[inputs.output_rows]
+            return hidden
 
-    # --- in a step -----------------------------------------------------------------------------------------
+        return run
 
-    def embed(self, table: PackedMatrix, token_ids: Tensor, scale: float) -> Tensor:
-        rows = token_ids.shape[0]
-        out = torch.empty(rows, table.inputs, dtype=self.dtype)
-        call = EmbedCall(
-            self._type, table.data.data_ptr(), table.inputs, token_ids.data_ptr(), rows, scale, out.data_ptr()
-        )
-        self._library.gemma_embed(self._engine, byref(call))
+    def sampler(self, vocab_size: int, suppress_token_ids: tuple[int, ...]) -> Any:
+        import torch
+
+        from server.engine.sampling.sampler import Sampler
+
+        class Adapter:
+            def __init__(self) -> None:
+                self.s = Sampler(vocab_size, suppress_token_ids, "cpu")
+
+            def sample(self, logits: Any, seqs: Any) -> Any:
+                return self.s.sample(torch.from_numpy(logits), seqs)
+
+            def gather_logprobs(self, logits: Any, chosen: Any, num_top: Any) -> Any:
+                return self.s.gather_logprobs(torch.from_numpy(logits), chosen, num_top)
+
+        return Adapter()
+
+    def record(self) -> Recording:
+        """An empty recording, whose registers the operations below take."""
+        return Recording(self._element)
+
+    # --- in a step: each records an operation ---------------------------------------------------------------
+
+    def embed(self, table: PackedMatrix, scale: float, step: Recording) -> Register:
+        out = step.register(table.inputs)
+        call = EmbedCall(type=self._type, packed=_address(table.data), inputs=table.inputs, scale=scale)
+        step.append(call, out=out)
         return out
 
-    def linear(self, x: Tensor, weight: PackedMatrix) -> Tensor:
-        out = torch.empty(x.shape[0], weight.outputs, dtype=self.dtype)
-        self._multiply(x, weight, out, logits=False, softcap=None)
+    def linear(self, x: Register, weight: PackedMatrix) -> Register:
+        out = x.recording.register(weight.outputs)
+        x.recording.append(self._linear_call(weight), x=x, out=out)
         return out
 
-    def logits(self, hidden: Tensor, table: PackedMatrix, softcap: float | None) -> Tensor:
-        # A fresh tensor of this size would come from the system page by page, at every step.
-        out = self._scratch.take("logits", (hidden.shape[0], table.outputs), torch.float32)
-        self._multiply(hidden, table, out, logits=True, softcap=softcap)
-        return out
-
-    def _multiply(
-        self, x: Tensor, weight: PackedMatrix, out: Tensor, logits: bool, softcap: float | None
-    ) -> None:
-        x = x.contiguous()
-        call = LinearCall(
-            type=self._type,
-            x=x.data_ptr(),
-            rows=x.shape[0],
-            packed=weight.data.data_ptr(),
-            outputs=weight.outputs,
-            inputs=weight.inputs,
-            out=out.data_ptr(),
-            logits=logits,
-            softcap=softcap or 0.0,
-        )
-        self._library.gemma_linear(self._engine, byref(call))
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out = torch.empty_like(x)
-        self._norm(x, None, weight, eps, out)
+    def rms_norm(self, x: Register, weight: Floats, eps: float) -> Register:
+        out = x.recording.register(x.width)
+        call = NormCall(type=self._type, weight=_address(weight), eps=eps, width=x.width)
+        x.recording.append(call, x=x, out=out)
         return out
 
     def add_rms_norm(
-        self, residual: Tensor, update: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+        self, residual: Register, update: Register, weight: Floats, eps: float
+    ) -> tuple[Register, Register]:
         """Overwrites both: the residual with the sum, the update with its norm."""
-        self._norm(update, residual, weight, eps, update)
+        call = NormCall(type=self._type, weight=_address(weight), eps=eps, width=update.width)
+        update.recording.append(call, x=update, residual=residual, out=update)
         return residual, update
 
-    def _norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
-        rows, width = x.shape
-        into = None if residual is None else residual.data_ptr()
-        call = NormCall(self._type, x.data_ptr(), into, weight.data_ptr(), eps, rows, width, out.data_ptr())
-        self._library.gemma_norm(self._engine, byref(call))
-
-    def attention(self, qkv: Tensor, layer: AttentionLayer, cache: PackedKV, step: NativeStep) -> Tensor:
+    def attention(self, qkv: Register, layer: NativeAttention, cache: PackedKV, step: Recording) -> Register:
         spec = layer.spec
-        cos, sin = step.angles[layer.rope]
-        out = torch.empty(qkv.shape[0], spec.num_heads * spec.head_dim, dtype=self.dtype)
+        out = step.register(spec.num_heads * spec.head_dim)
         call = AttentionCall(
-            self._type,
-            qkv.data_ptr(),
-            qkv.shape[0],
-            spec.num_heads,
-            spec.num_kv_heads,
-            spec.head_dim,
-            spec.window or 0,
-            spec.scale,
-            spec.softcap or 0.0,
-            None if layer.q_norm is None else layer.q_norm.data_ptr(),
-            None if layer.k_norm is None else layer.k_norm.data_ptr(),
-            layer.eps,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            cache.keys.data_ptr(),
-            cache.values.data_ptr(),
-            *step.addresses[layer.group],
-            out=out.data_ptr(),
+            type=self._type,
+            heads=spec.num_heads,
+            kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            window=spec.window or 0,
+            scale=spec.scale,
+            softcap=spec.softcap or 0.0,
+            q_norm=None if layer.q_norm is None else _address(layer.q_norm),
+            k_norm=None if layer.k_norm is None else _address(layer.k_norm),
+            eps=layer.eps,
+            keys=_address(cache.keys),
+            values=_address(cache.values),
+            group=step.group(layer.group),
+            rope=step.rope(layer.rope),
         )
-        self._library.gemma_attention(self._engine, byref(call))
+        step.append(call, qkv=qkv, out=out)
         return out
 
-    def geglu(self, gate_up: Tensor) -> Tensor:
-        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(rows, width, dtype=self.dtype)
-        call = GegluCall(self._type, gate_up.data_ptr(), rows, width, out.data_ptr())
-        self._library.gemma_geglu(self._engine, byref(call))
+    def geglu(self, gate_up: Register) -> Register:
+        out = gate_up.recording.register(gate_up.width // 2)
+        gate_up.recording.append(GegluCall(type=self._type, width=out.width), gate_up=gate_up, out=out)
         return out
+
+    # --- after a step --------------------------------------------------------------------------------------
+
+    def logits(self, hidden: Array, table: PackedMatrix, softcap: float | None) -> Floats:
+        rows = len(hidden)
+        # Fresh memory of this size would come from the system page by page, at every step.
+        if self._logits.shape[1] != table.outputs or len(self._logits) < rows:
+            self._logits = np.empty((rows, table.outputs), dtype=np.float32)
+        out = self._logits[:rows]
+        hidden = np.ascontiguousarray(hidden)
+        call = self._linear_call(table)
+        call.x, call.rows, call.out = _address(hidden), rows, _address(out)
+        call.logits, call.softcap = True, softcap or 0.0
+        self._library.gemma_linear(self._engine, byref(call))
+        return out
+
+    def _linear_call(self, weight: PackedMatrix) -> LinearCall:
+        return LinearCall(
+            type=self._type, packed=_address(weight.data), outputs=weight.outputs, inputs=weight.inputs
+        )
 
 
 def _padded(size: int) -> int:
     return -(-size // _PANEL) * _PANEL
 
 
-def _huge_pages(size: int) -> Tensor:
-    """Uninitialised bytes. Weights are read whole at every step, and with 4 KiB pages the reading is bound by
-    misses of the TLB."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+def _address(array: npt.NDArray[Any]) -> int:
+    return int(array.ctypes.data)

@@ -1,4 +1,7 @@
-"""The structs of csrc/calls.h and the functions of csrc/api.cpp, for ctypes. Fields must match line by line."""
+"""The structs of csrc/calls.h and program.h and the functions of csrc/api.cpp, for ctypes.
+
+Fields must match line by line.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,6 @@ class AttentionCall(ctypes.Structure):
     _fields_: ClassVar[_Fields] = [
         ("type", c_int32),
         ("qkv", c_void_p),
-        ("tokens", c_int64),
         ("heads", c_int32),
         ("kv_heads", c_int32),
         ("head_dim", c_int32),
@@ -86,10 +88,14 @@ class AttentionCall(ctypes.Structure):
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
         ("eps", c_float),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("group", c_int32),
+        ("rope", c_int32),
+        ("out", c_void_p),
+        ("tokens", c_int64),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
         ("sequences", c_int64),
         ("query_start", c_void_p),
         ("seq_lens", c_void_p),
@@ -97,7 +103,6 @@ class AttentionCall(ctypes.Structure):
         ("table_width", c_int64),
         ("slots", c_void_p),
         ("block_size", c_int32),
-        ("out", c_void_p),
         ("q", c_void_p),
         ("partials", c_void_p),
         ("partial_stride", c_int64),
@@ -108,14 +113,53 @@ class AttentionCall(ctypes.Structure):
     ]
 
 
-_OPERATIONS = {
-    "gemma_pack": PackCall,
-    "gemma_embed": EmbedCall,
-    "gemma_linear": LinearCall,
-    "gemma_norm": NormCall,
-    "gemma_geglu": GegluCall,
-    "gemma_attention": AttentionCall,
+class Operation(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [("kind", c_int32), ("call", c_void_p)]
+
+
+class RopeFrequencies(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [("frequencies", c_void_p), ("half", c_int64)]
+
+
+class ProgramCall(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        ("operations", c_void_p),
+        ("num_operations", c_int64),
+        ("ropes", c_void_p),
+        ("num_ropes", c_int64),
+        ("num_groups", c_int64),
+    ]
+
+
+class AttentionGroup(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        ("sequences", c_int64),
+        ("query_start", c_void_p),
+        ("seq_lens", c_void_p),
+        ("block_table", c_void_p),
+        ("table_width", c_int64),
+        ("slots", c_void_p),
+        ("block_size", c_int32),
+    ]
+
+
+class StepCall(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        ("tokens", c_int64),
+        ("ids", c_void_p),
+        ("positions", c_void_p),
+        ("groups", c_void_p),
+    ]
+
+
+KINDS: dict[type[ctypes.Structure], int] = {
+    EmbedCall: 0,
+    LinearCall: 1,
+    NormCall: 2,
+    GegluCall: 3,
+    AttentionCall: 4,
 }
+"""Of csrc/program.h: which operations a program may consist of."""
 
 
 def declare(library: ctypes.CDLL) -> None:
@@ -128,7 +172,9 @@ def declare(library: ctypes.CDLL) -> None:
     library.gemma_destroy.restype = None
     library.gemma_packed_size.argtypes = [c_int32, c_int64, c_int64]
     library.gemma_packed_size.restype = c_int64
-    for name, call in _OPERATIONS.items():
-        function = getattr(library, name)
-        function.argtypes = [c_void_p, POINTER(call)]
-        function.restype = None
+    library.gemma_pack.argtypes = [c_void_p, POINTER(PackCall)]
+    library.gemma_pack.restype = None
+    library.gemma_linear.argtypes = [c_void_p, POINTER(LinearCall)]
+    library.gemma_linear.restype = None
+    library.gemma_run.argtypes = [c_void_p, POINTER(ProgramCall), POINTER(StepCall)]
+    library.gemma_run.restype = None

@@ -7,19 +7,21 @@ differently in bf16, this rounds later: norms, rotation, scores and soft-caps ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.engine.backend.base import Step
+from server.engine.backend.memory import zeros_on_demand
 from server.engine.backend.reference_attention import AttentionPlan, KVCache, paged_attention, plan_attention
-from server.engine.backend.scratch import Scratch, zeros_on_demand
+from server.engine.backend.scratch import Scratch
 from server.engine.backend.upcast import UpcastMatmul
+from server.engine.dtype import DType
 from server.engine.inputs import ModelInputs
 from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
+from server.engine.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,28 @@ class AttentionLayer:
     eps: float
 
 
-@dataclass(frozen=True, slots=True)
-class ReferenceStep(Step):
-    angles: dict[Rope, tuple[Tensor, Tensor]]
-    """cos and sin, each [T, 1, head_dim / 2] fp32."""
-    plans: tuple[AttentionPlan, ...]
-    """One for each KV group."""
+class ReferenceStep:
+    """A step's arrays on the device; what layers have in common is computed when the first of them asks."""
+
+    def __init__(self, inputs: ModelInputs, device: torch.device) -> None:
+        self.token_ids = torch.from_numpy(inputs.token_ids).to(device)
+        self._positions = torch.from_numpy(inputs.positions).to(device)
+        self._attention = inputs.attention
+        self._angles: dict[Rope, tuple[Tensor, Tensor]] = {}
+        self._plans: dict[int, AttentionPlan] = {}
+
+    def angles(self, rope: Rope) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [T, 1, head_dim / 2] fp32."""
+        if rope not in self._angles:
+            self._angles[rope] = rope_angles(rope, self._positions)
+        return self._angles[rope]
+
+    def plan(self, layer: AttentionLayer) -> AttentionPlan:
+        group = layer.group
+        if group not in self._plans:
+            window = layer.spec.window
+            self._plans[group] = plan_attention(self._attention[group], window, self._positions.device)
+        return self._plans[group]
 
 
 class ReferenceBackend:
@@ -56,20 +74,21 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, dtype: DType) -> None:
         self.dtype = dtype
+        self._device = device
+        self._torch_dtype: torch.dtype = getattr(torch, dtype)
         self._scratch = Scratch(device)
-        self._matmul = UpcastMatmul() if UpcastMatmul.is_needed(device, dtype) else F.linear
+        self._matmul = UpcastMatmul() if UpcastMatmul.is_needed(device, self._torch_dtype) else F.linear
 
     def prepare_linear(self, weight: Tensor) -> Tensor:
-        return weight
+        return weight.to(self._device, self._torch_dtype)
 
     def prepare_embedding(self, weight: Tensor) -> Tensor:
-        return weight
+        return weight.to(self._device, self._torch_dtype)
 
     def prepare_norm(self, weight: Tensor) -> Tensor:
-        return 1.0 + weight.to(self.device, torch.float32)
+        return 1.0 + weight.to(self._device, torch.float32)
 
     def prepare_attention(
         self, spec: LayerSpec, group: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
@@ -88,25 +107,26 @@ class ReferenceBackend:
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         """Zeros, because a masked slot is still multiplied by 0."""
-        if self.device.type != "cpu":
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        return zeros_on_demand(math.prod(shape) * self.dtype.itemsize).view(self.dtype).view(shape)
+        if self._device.type != "cpu":
+            return torch.zeros(shape, dtype=self._torch_dtype, device=self._device)
+        memory = torch.from_numpy(zeros_on_demand(math.prod(shape) * self.dtype.itemsize))
+        return memory.view(self._torch_dtype).view(shape)
 
-    def begin_step(self, inputs: ModelInputs, attention_layers: Sequence[AttentionLayer]) -> ReferenceStep:
-        positions = torch.from_numpy(inputs.positions).to(self.device)
-        windows = {layer.group: layer.spec.window for layer in attention_layers}
-        return ReferenceStep(
-            token_ids=torch.from_numpy(inputs.token_ids).to(self.device),
-            output_rows=torch.from_numpy(inputs.output_rows).to(self.device),
-            angles={rope: rope_angles(rope, positions) for rope in {layer.rope for layer in attention_layers}},
-            plans=tuple(
-                plan_attention(metadata, windows[group], self.device)
-                for group, metadata in enumerate(inputs.attention)
-            ),
-        )
+    def capture(
+        self, forward: Callable[[ReferenceStep], Tensor], max_tokens: int
+    ) -> Callable[[ModelInputs], Tensor]:
+        @torch.inference_mode()
+        def run(inputs: ModelInputs) -> Tensor:
+            rows = torch.from_numpy(inputs.output_rows).to(self._device)
+            return forward(ReferenceStep(inputs, self._device)).index_select(0, rows)
 
-    def embed(self, table: Tensor, token_ids: Tensor, scale: float) -> Tensor:
-        return F.embedding(token_ids, table) * scale
+        return run
+
+    def sampler(self, vocab_size: int, suppress_token_ids: tuple[int, ...]) -> Sampler:
+        return Sampler(vocab_size, suppress_token_ids, self._device)
+
+    def embed(self, table: Tensor, scale: float, step: ReferenceStep) -> Tensor:
+        return F.embedding(step.token_ids, table) * scale
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._matmul(x, weight)
@@ -125,20 +145,21 @@ class ReferenceBackend:
         spec = layer.spec
         heads = qkv.view(qkv.shape[0], -1, spec.head_dim)
         q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
-        cos, sin = step.angles[layer.rope]
+        cos, sin = step.angles(layer.rope)
         q = _rotate(
             q.float() if layer.q_norm is None else _rms_norm(q.float(), layer.q_norm, layer.eps), cos, sin
         )
         k = _rotate(
             k.float() if layer.k_norm is None else _rms_norm(k.float(), layer.k_norm, layer.eps), cos, sin
         )
-        plan = step.plans[layer.group]
-        return paged_attention(q, k.to(self.dtype), v, cache, spec, plan, self._scratch).to(self.dtype)
+        attended = paged_attention(q, k.to(qkv.dtype), v, cache, spec, step.plan(layer), self._scratch)
+        return attended.to(qkv.dtype)
 
     def geglu(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.gelu(gate, approximate="tanh").mul_(up)
 
+    @torch.inference_mode()
     def logits(self, hidden: Tensor, table: Tensor, softcap: float | None) -> Tensor:
         logits = self.linear(hidden, table).float()
         return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
-
-
-def zeros_on_demand(num_bytes: int) -> Tensor:
-    """Zeros in main memory, uint8 [num_bytes], that take none of it until they are written.
-
-    numpy asks the system for zeroed pages, where torch.zeros would write them all.
-    """
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8))
 
 
 class Scratch:

@@ -5,6 +5,7 @@
 //   other pieces is another kernel, run after it.
 // - What is computed for a row is bit for bit a function of that row (and of the keys and values it sees): not of
 //   the rows beside it, their number, the number of threads, or how a prompt was cut into chunks.
+// - Fields marked "step" are filled from the step when a program runs; a program is recorded once (see program.h).
 // - This header is read at every instruction set level, so it holds no functions but constexpr arithmetic: the linker
 //   would keep one level's copy of a function for all of them.
 #pragma once
@@ -42,8 +43,8 @@ struct EmbedCall {
     Type type;
     const void* packed;
     int64_t inputs;
-    const int64_t* ids;  // [rows]
-    int64_t rows;
+    const int64_t* ids;  // step: [rows]
+    int64_t rows;        // step
     float scale;
     void* out;  // [rows, inputs]
 };
@@ -51,7 +52,7 @@ struct EmbedCall {
 struct LinearCall {
     Type type;
     const void* x;  // [rows, inputs]
-    int64_t rows;
+    int64_t rows;   // step
     const void* packed;
     int64_t outputs, inputs;
     void* out;       // [rows, outputs] in `type`, or in fp32 if logits
@@ -66,14 +67,16 @@ struct NormCall {
     void* residual;  // [rows, width] or null; overwritten with the sum
     const float* weight;  // [width], one added
     float eps;
-    int64_t rows, width;
+    int64_t rows;  // step
+    int64_t width;
     void* out;
 };
 
 struct GegluCall {
     Type type;
     const void* gate_up;  // [rows, 2 * width]
-    int64_t rows, width;
+    int64_t rows;         // step
+    int64_t width;
     void* out;
 };
 
@@ -90,16 +93,20 @@ struct AttentionItem {
 struct AttentionCall {
     Type type;
     const void* qkv;  // [tokens, (heads + 2 * kv_heads) * head_dim]
-    int64_t tokens;
     int32_t heads, kv_heads, head_dim, window;  // window 0: none
     float scale, softcap;                       // softcap 0: none
     const float* q_norm;                        // [head_dim], one added; null: none
     const float* k_norm;
     float eps;
-    const float* cos;  // [tokens, head_dim / 2]
-    const float* sin;
     void* keys;
     void* values;
+    int32_t group;  // of layers, see AttentionGroup
+    int32_t rope;   // index of its angles
+    void* out;      // [tokens, heads * head_dim]
+    // The rest is the step's.
+    int64_t tokens;
+    const float* cos;  // [tokens, head_dim / 2]
+    const float* sin;
     int64_t sequences;
     const int32_t* query_start;  // [sequences + 1]
     const int32_t* seq_lens;     // [sequences]
@@ -107,9 +114,7 @@ struct AttentionCall {
     int64_t table_width;
     const int64_t* slots;  // [tokens]
     int32_t block_size;
-    void* out;  // [tokens, heads * head_dim]
-    // Scratch, filled by api.cpp.
-    float* q;         // [kv_heads, tokens, heads / kv_heads, head_dim padded]
+    float* q;         // scratch [kv_heads, tokens, heads / kv_heads, head_dim padded]
     float* partials;  // of split items, partial_stride floats each: sums, maxima, totals; see attention.h
     int64_t partial_stride;
     const AttentionItem* items;

@@ -17,28 +17,29 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from server.engine.backend.base import AnyBackend, Step
+from server.engine.backend.base import AnyBackend, PreparedWeights
 from server.engine.inputs import ModelInputs
 from server.engine.models.config import ConfigError, GemmaConfig, expected_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class GemmaModel:
     """A loaded model. Stateless but for its weights: keys and values are the caller's."""
 
-    def __init__(self, config: GemmaConfig, backend: AnyBackend, weights: Mapping[str, Any]) -> None:
-        """weights: prepared by the back end, under the names that `_PreparedWeights` gives them."""
+    def __init__(self, config: GemmaConfig, backend: AnyBackend, weights: PreparedWeights) -> None:
+        """weights: what `prepare_weights` returns."""
         self.config = config
         self.backend = backend
         self._eps = config.rms_norm_eps
         self._table = weights["embed_tokens.weight"]
-        self._embedding_scale = embedding_scale(config.hidden_size, backend.dtype)
+        # As the weights' dtype holds it: the 7B was trained with 55.5, which is sqrt(3072) in bf16.
+        self._embedding_scale = backend.dtype.round(config.hidden_size**0.5)
         group_of_layer = {
             index: g for g, group in enumerate(config.kv_groups()) for index in group.layer_indices
         }
@@ -47,55 +48,39 @@ class GemmaModel:
             _Layer(config, index, group_of_layer[index], backend, weights)
             for index in range(len(config.layers))
         ]
-        self._attention_layers = [layer.attention for layer in self._layers]
 
-    @classmethod
-    def load(
-        cls, config: GemmaConfig, backend: AnyBackend, weights: Iterable[tuple[str, Tensor]]
-    ) -> GemmaModel:
-        """Takes the tensors of `expected_weights` in any order, one at a time, norms as (weight - 1).
+    def capture(self, caches: Sequence[Any], max_tokens: int) -> Callable[[ModelInputs], Any]:
+        """A function that computes a step of at most max_tokens tokens and stores its keys and values.
 
-        Raises ConfigError on an unexpected, repeated, misshapen or missing tensor.
+        caches: one for each layer. The function returns the normalised hidden states of `inputs.output_rows`,
+        [R, hidden], which can be sliced by rows.
         """
-        prepared = _PreparedWeights(config, backend)
-        for name, tensor in weights:
-            prepared.add(name, tensor)
-        return cls(config, backend, prepared.finish())
+        return self.backend.capture(lambda step: self._forward(step, caches), max_tokens)
 
-    def forward(self, inputs: ModelInputs, caches: Sequence[Any]) -> Tensor:
-        """Computes a step and stores its keys and values. caches: one for each layer.
-
-        Returns the normalised hidden states of `inputs.output_rows`, [R, hidden].
-        """
-        backend = self.backend
-        step = backend.begin_step(inputs, self._attention_layers)
-        residual = backend.embed(self._table, step.token_ids, self._embedding_scale)
-        normed = backend.rms_norm(residual, self._input_norm, self._eps)
-        for layer, cache in zip(self._layers, caches, strict=True):
-            residual, normed = layer.forward(residual, normed, cache, step)
-        return normed.index_select(0, step.output_rows)
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[S, hidden] from `forward` -> [S, vocabulary] fp32. One row of a 256k vocabulary takes 1 MB.
+    def compute_logits(self, hidden: Any) -> Any:
+        """[S, hidden] from a captured step -> [S, vocabulary] fp32. One row of a 256k vocabulary takes 1 MB.
 
         The next call may use the same memory.
         """
         return self.backend.logits(hidden, self._table, self.config.final_softcap)
 
-
-def embedding_scale(hidden_size: int, dtype: torch.dtype) -> float:
-    """sqrt(hidden_size) as the weights' dtype holds it: the models were trained with 55.5 for 3072 in bf16."""
-    return float(torch.tensor(hidden_size**0.5, dtype=torch.float32).to(dtype))
+    def _forward(self, step: Any, caches: Sequence[Any]) -> Any:
+        backend = self.backend
+        residual = backend.embed(self._table, self._embedding_scale, step)
+        normed = backend.rms_norm(residual, self._input_norm, self._eps)
+        for layer, cache in zip(self._layers, caches, strict=True):
+            residual, normed = layer.forward(residual, normed, cache, step)
+        return normed
 
 
 class _Layer:
     def __init__(
-        self, config: GemmaConfig, index: int, group: int, backend: AnyBackend, weights: Mapping[str, Any]
+        self, config: GemmaConfig, index: int, group: int, backend: AnyBackend, weights: PreparedWeights
     ) -> None:
         def weight(name: str) -> Any:
             return weights[f"layers.{index}.{name}.weight"]
 
-        def post_norm(name: str) -> Callable[[Tensor], Tensor]:
+        def post_norm(name: str) -> Callable[[Any], Any]:
             if not config.post_norms:
                 return _identity
             norm = weight(name)
@@ -103,7 +88,7 @@ class _Layer:
 
         self._backend = backend
         self._eps = config.rms_norm_eps
-        self.attention = backend.prepare_attention(
+        self._attention = backend.prepare_attention(
             config.layers[index],
             group,
             weight("self_attn.q_norm") if config.qk_norm else None,
@@ -122,11 +107,11 @@ class _Layer:
         is_last = index + 1 == len(config.layers)
         self._next_norm = weights["norm.weight" if is_last else f"layers.{index + 1}.input_layernorm.weight"]
 
-    def forward(self, residual: Tensor, normed: Tensor, cache: Any, step: Step) -> tuple[Tensor, Tensor]:
+    def forward(self, residual: Any, normed: Any, cache: Any, step: Any) -> tuple[Any, Any]:
         """normed: the residual after this layer's input norm. Returns the same pair for the next layer."""
         backend = self._backend
         qkv = backend.linear(normed, self._qkv)
-        attended = backend.linear(backend.attention(qkv, self.attention, cache, step), self._output)
+        attended = backend.linear(backend.attention(qkv, self._attention, cache, step), self._output)
         update = self._post_attention(attended)
         residual, normed = backend.add_rms_norm(residual, update, self._pre_mlp_norm, self._eps)
         activated = backend.geglu(backend.linear(normed, self._gate_up))
@@ -134,7 +119,7 @@ class _Layer:
         return backend.add_rms_norm(residual, update, self._next_norm, self._eps)
 
 
-def _identity(x: Tensor) -> Tensor:
+def _identity(x: Any) -> Any:
     return x
 
 
@@ -144,6 +129,19 @@ _FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
+
+
+def prepare_weights(
+    config: GemmaConfig, backend: AnyBackend, weights: Iterable[tuple[str, Tensor]]
+) -> PreparedWeights:
+    """Takes the tensors of `expected_weights` in any order, one at a time, norms as (weight - 1).
+
+    Raises ConfigError on an unexpected, repeated, misshapen or missing tensor.
+    """
+    preparation = _Preparation(config, backend)
+    for name, tensor in weights:
+        preparation.add(name, tensor)
+    return preparation.finish()
 
 
 @dataclass(slots=True)
@@ -156,7 +154,7 @@ class _FusedMatrix:
     """Allocated when the first part comes."""
 
 
-class _PreparedWeights:
+class _Preparation:
     """Takes a checkpoint's tensors as they come. Beside what the back end has taken, it holds only fused
     matrices of which a part is still to come, so the model is never in memory twice."""
 
@@ -188,9 +186,9 @@ class _PreparedWeights:
         elif name.endswith("norm.weight"):
             self._prepared[name] = backend.prepare_norm(tensor)
         elif name == "embed_tokens.weight":
-            self._prepared[name] = backend.prepare_embedding(tensor.to(backend.device, backend.dtype))
+            self._prepared[name] = backend.prepare_embedding(tensor)
         else:
-            self._prepared[name] = backend.prepare_linear(tensor.to(backend.device, backend.dtype))
+            self._prepared[name] = backend.prepare_linear(tensor)
 
     def finish(self) -> dict[str, Any]:
         if self._missing:
@@ -202,8 +200,7 @@ class _PreparedWeights:
         fused_name, first_row = self._parts[name]
         fused = self._fused[fused_name]
         if fused.matrix is None:
-            shape = (fused.num_rows, tensor.shape[1])
-            fused.matrix = torch.empty(shape, dtype=self._backend.dtype, device=self._backend.device)
+            fused.matrix = tensor.new_empty((fused.num_rows, tensor.shape[1]))
         fused.matrix[first_row : first_row + tensor.shape[0]].copy_(tensor)
         fused.num_missing -= 1
         if fused.num_missing == 0:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from server.engine.dtype import DType
 from server.engine.models import safetensors_dir
 from server.engine.models.config import GemmaConfig, expected_weights
 from server.engine.models.config_reader import read_gguf
@@ -39,7 +40,7 @@ class Checkpoint:
     config: GemmaConfig
     num_parameters: int
     """Elements of all tensors: progress is counted in them, and their size in memory follows from it."""
-    tensors: Callable[[torch.dtype, torch.device], Iterator[tuple[str, Tensor]]]
+    tensors: Callable[[DType, str], Iterator[tuple[str, Tensor]]]
     """tensors(dtype, device): (name, tensor) for each of `expected_weights(config)`, in the file's order.
 
     Can be called once. Each tensor is new, so that the caller may keep it. Raises GGUFError or LoadError if the
@@ -60,8 +61,8 @@ def _open_directory(directory: Path) -> Checkpoint:
     stored = safetensors_dir.list_tensors(directory)
     num_parameters = _check_complete(config, {name: tensor.shape for name, tensor in stored.items()})
 
-    def tensors(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        return _directory_tensors(stored, dtype, device)
+    def tensors(dtype: DType, device: str) -> Iterator[tuple[str, Tensor]]:
+        return _directory_tensors(stored, getattr(torch, dtype), torch.device(device))
 
     return Checkpoint(config, num_parameters, tensors)
 
@@ -84,8 +85,8 @@ def _open_gguf(path: Path) -> Checkpoint:
         file.close()
         raise
 
-    def tensors(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        return _gguf_tensors(file, by_name, dtype, device)
+    def tensors(dtype: DType, device: str) -> Iterator[tuple[str, Tensor]]:
+        return _gguf_tensors(file, by_name, getattr(torch, dtype), torch.device(device))
 
     return Checkpoint(config, num_parameters, tensors)
 

@@ -33,7 +33,7 @@ from server.engine.sampling.logprobs import gather_logprobs
 from server.engine.sampling.penalties import adjust_logits
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence
-from server.engine.types import SamplingParams
+from server.engine.types import SamplingParams, TokenLogprob
 
 GREEDY_BELOW = 1e-5
 """Temperatures below are greedy: logits divided by them would overflow (vLLM's _SAMPLING_EPS)."""
@@ -51,6 +51,7 @@ class Sampler:
         suppressed = sorted({token for token in suppress_token_ids if token < vocab_size})
         self._suppressed = torch.tensor(suppressed, dtype=torch.int64, device=device)
 
+    @torch.inference_mode()
     def sample(self, logits: Tensor, seqs: Seq[Sequence]) -> list[SampledToken]:
         """One token for each row of logits [S, V] (float32, V >= vocab_size), which are changed in place.
 
@@ -75,6 +76,11 @@ class Sampler:
             SampledToken(token, logprob_of.get(row)) if fault is None else SampledToken(-1, error=fault)
             for row, (token, fault) in enumerate(zip(tokens, faults, strict=True))
         ]
+
+    @torch.inference_mode()
+    def gather_logprobs(self, logits: Tensor, chosen: Seq[int], num_top: Seq[int]) -> list[TokenLogprob]:
+        """See `logprobs.gather_logprobs`."""
+        return gather_logprobs(logits, chosen, num_top)
 
 
 def _is_random(seq: Sequence, largest: float) -> bool:
