@@ -47,17 +47,20 @@ def serve(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
 
     # What takes long is imported where it is known to be wanted, so that `--help` and mistakes answer at once.
-    # First the engine's process, which imports torch while this one imports the rest.
+    # First the engine's process and the thread that reads the model, which run while the rest is imported.
     from server.frontend.process_client import ProcessClient
 
     client = ProcessClient(config.log_level)
 
-    import uvicorn
-
-    from server.app import create_app
     from server.runtime import Runtime
 
     runtime = Runtime(config, client)
+    runtime.read_model()
+
+    import uvicorn
+
+    from server.app import create_app
+
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(runtime),

@@ -99,6 +99,11 @@ class ServerConfig(BaseModel):
     cpu_isa: Literal["auto", "avx2", "avx512"] = Field(
         "auto", description="Instruction set of the native kernels; auto takes the highest that the CPU has."
     )
+    weight_cache: bool = Field(
+        True,
+        description="Keep a copy of the weights, laid out for the native kernels, in the cache directory, so "
+        "that later starts need not convert them. It takes as much room as the weights in memory.",
+    )
 
     max_queued_requests: int = Field(
         1024, ge=1, description="Sequences that may wait or run at once; one more is refused with 429."

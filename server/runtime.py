@@ -1,8 +1,8 @@
 """The server's life: from an open port to a loaded model, and to its end.
 
 The port is open before anything is loaded, so the load runs as a task in the background and `phase` tells the
-probes how far it is. The order of the load follows what takes long: the engine's process imports torch while
-the model is found and its tokenizer is read.
+probes how far it is. What takes long runs side by side: the engine's process imports its half while a thread of
+this one finds the model and reads the tokenizer, and the main thread imports the HTTP side.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from server.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
+_Model = tuple[ModelFiles, Tokenizer, GemmaConfig]
 
 
 class Phase(enum.StrEnum):
@@ -60,13 +61,20 @@ class Runtime:
         self.exit_code = 0
         self.on_failure: Callable[[], None] = lambda: None
         """Called once when the server can serve no more."""
+        self._reading: concurrent.futures.Future[_Model] | None = None
         self._loading: asyncio.Task[None] | None = None
         client.on_loading = self._on_loading
         client.on_step = self.metrics.record_step
         client.on_death = self._on_death
 
+    def read_model(self) -> None:
+        """Begin to find and read the model in a thread; `start` does, unless it was done already."""
+        if self._reading is None:
+            self._reading = _in_daemon_thread(self._find_and_read)
+
     async def start(self) -> None:
         """Begin to load; returns at once."""
+        self.read_model()
         self._loading = asyncio.create_task(self._load())
 
     async def stop(self) -> None:
@@ -77,9 +85,8 @@ class Runtime:
     async def _load(self) -> None:
         started = time.monotonic()
         try:
-            files = await _in_daemon_thread(self._resolve)
-            self._on_loading(Loading("tokenizer", 0.0))
-            tokenizer, model_config = await _in_daemon_thread(lambda: _read_model(files))
+            assert self._reading is not None
+            files, tokenizer, model_config = await asyncio.wrap_future(self._reading)
             info = await self.client.start(self._engine_config(files, tokenizer, model_config))
         except (ModelSourceError, EngineDeadError, ValueError, OSError) as error:
             self._fail(str(error), os.EX_CONFIG)
@@ -115,16 +122,18 @@ class Runtime:
             info.kv_cache_bytes >> 20,
         )
 
-    def _resolve(self) -> ModelFiles:
-        return resolve(
+    def _find_and_read(self) -> _Model:
+        """Raises ModelSourceError, ValueError, for files that are not what they should be, and OSError."""
+        files = resolve(
             self.config.model,
             revision=self.config.revision,
             download_dir=self.config.download_dir,
             progress=self._on_download,
         )
+        self._on_loading(Loading("tokenizer", 0.0))
+        return (files, *_read_model(files))
 
     def _on_download(self, progress: DownloadProgress) -> None:
-        """Called from the thread that downloads."""
         self.stage = "download"
         self.fraction = progress.fraction
 
@@ -164,12 +173,13 @@ class Runtime:
             num_threads=config.num_threads,
             backend=config.backend,
             cpu_isa=config.cpu_isa,
+            weight_cache=config.weight_cache,
             suppress_token_ids=tuple(tokenizer.unsampleable_ids(model_config.vocab_size)),
         )
 
 
-async def _in_daemon_thread(work: Callable[[], _Result]) -> _Result:
-    """As `asyncio.to_thread`, but the process can end meanwhile: a download may take an hour."""
+def _in_daemon_thread(work: Callable[[], _Result]) -> concurrent.futures.Future[_Result]:
+    """As an executor's `submit`, but the process can end meanwhile: a download may take an hour."""
     done: concurrent.futures.Future[_Result] = concurrent.futures.Future()
     done.set_running_or_notify_cancel()
 
@@ -180,16 +190,15 @@ async def _in_daemon_thread(work: Callable[[], _Result]) -> _Result:
             done.set_exception(error)
 
     threading.Thread(target=run, name="load", daemon=True).start()
-    return await asyncio.wrap_future(done)
+    return done
 
 
 def _read_model(files: ModelFiles) -> tuple[Tokenizer, GemmaConfig]:
-    """Raises ValueError, for files that are not what they should be, and OSError."""
     if files.tokenizer_file is not None:
         tokenizer, config = Tokenizer.from_file(files.tokenizer_file), read_config(files.path)
     else:
         tokenizer = Tokenizer.from_file(tokenizer_for_gguf(files.path, cache_directory()))
-        config = read_gguf(read_metadata(files.path))
+        config = read_gguf(read_metadata(files.path, with_vocabulary=False))
     _return_freed_memory()
     return tokenizer, config
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from server.batching import Scheduler, SchedulerConfig
 from server.engine.backend.choose import choose_backend
 from server.engine.core import EngineCore
-from server.engine.device import default_num_threads, resolve_device, resolve_dtype
-from server.engine.dtype import DType
+from server.engine.device import check_dtype, default_num_threads, resolve_device, resolve_dtype
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.memory import (
@@ -26,12 +24,9 @@ from server.engine.memory import (
 )
 from server.engine.model_runner import ModelRunner
 from server.engine.models.config import GemmaConfig
-from server.engine.models.gemma import GemmaModel, prepare_weights
-from server.engine.models.loader import Checkpoint, open_checkpoint
+from server.engine.models.gemma import GemmaModel
+from server.engine.models.weights import open_weights
 from server.engine.types import EngineConfig, EngineInfo
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Progress = Callable[[str, float], None]
 """Called with a stage's name and the fraction of it that is done."""
@@ -64,31 +59,32 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[EngineCore, 
     except ValueError as error:
         # The refusals of all the parts are ValueErrors with a message for people.
         raise StartError(str(error)) from error
-    except (OSError, MemoryError) as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        # torch.OutOfMemoryError is a RuntimeError; the others of its kind are bugs.
+        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":
+            raise
         raise StartError(f"cannot load {config.model_path}: {error}") from error
 
 
 def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, EngineInfo]:
     device = resolve_device(config.device)
     num_threads = config.num_threads or default_num_threads()
-    checkpoint = open_checkpoint(Path(config.model_path))
-    dtype = resolve_dtype(config.dtype, checkpoint.config)
-    limits = _limits(config, checkpoint.config, _DEFAULTS[device])
-    weight_bytes = checkpoint.num_parameters * dtype.itemsize
+    dtype = resolve_dtype(config.dtype)
     free_bytes = available_bytes(device)
+    backend = choose_backend(config.backend, config.cpu_isa, device, dtype, num_threads)
+    source = open_weights(Path(config.model_path), backend, device, config.weight_cache)
+    check_dtype(dtype, source.config)
+    limits = _limits(config, source.config, _DEFAULTS[device])
+    weight_bytes = source.num_parameters * dtype.itemsize
     if weight_bytes > free_bytes:
         raise OutOfMemoryError(
             f"the weights take {weight_bytes / MIB:.0f} MiB in {dtype}, but only {free_bytes / MIB:.0f} MiB of "
             f"memory are free on the {device}"
         )
-
-    backend = choose_backend(config.backend, config.cpu_isa, device, dtype, num_threads)
-    tensors = _with_progress(checkpoint, dtype, device, progress)
-    weights = prepare_weights(checkpoint.config, backend, tensors)
-    model = GemmaModel(checkpoint.config, backend, weights)
+    model = GemmaModel(source.config, backend, source.load(lambda fraction: progress("weights", fraction)))
 
     progress("kv cache", 0.0)
-    groups = checkpoint.config.kv_groups()
+    groups = source.config.kv_groups()
     bytes_per_block = [backend.kv_bytes_per_block(group, limits.block_size) for group in groups]
     if config.num_blocks_override is not None:
         num_blocks = (config.num_blocks_override,) * len(groups)
@@ -97,7 +93,7 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
             (limits.blocks_of_one(group) + 1) * size
             for group, size in zip(groups, bytes_per_block, strict=True)
         )
-        used = weight_bytes + activation_bytes(checkpoint.config, dtype.itemsize, limits)
+        used = weight_bytes + activation_bytes(source.config, dtype.itemsize, limits)
         budget = _kv_budget(config, _DEFAULTS[device], free_bytes, used, least)
         num_blocks = size_kv_pools(groups, bytes_per_block, budget, limits)
     kv = KVTensors(backend, groups, num_blocks, limits.block_size)
@@ -106,7 +102,7 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
     )
 
     progress("warm-up", 0.0)
-    sampler = backend.sampler(checkpoint.config.vocab_size, config.suppress_token_ids)
+    sampler = backend.sampler(source.config.vocab_size, config.suppress_token_ids)
     runner = ModelRunner(model, kv, sampler, limits.max_num_batched_tokens)
     runner.warm_up()
 
@@ -128,7 +124,7 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_sequence_tokens=min(manager.max_sequence_tokens(), limits.max_model_len),
-        vocab_size=checkpoint.config.vocab_size,
+        vocab_size=source.config.vocab_size,
         block_size=limits.block_size,
         num_blocks={group.name: count for group, count in zip(groups, num_blocks, strict=True)},
         kv_cache_bytes=kv.num_bytes,
@@ -162,14 +158,3 @@ def _kv_budget(config: EngineConfig, defaults: _DeviceDefaults, free_bytes: int,
         return int(config.gpu_memory_utilization * free_bytes) - used
     budget = int(defaults.memory_share * free_bytes) - used
     return budget if defaults.max_kv_bytes is None else min(budget, max(defaults.max_kv_bytes, least))
-
-
-def _with_progress(
-    checkpoint: Checkpoint, dtype: DType, device: str, progress: Progress
-) -> Iterator[tuple[str, Tensor]]:
-    num_done = 0
-    progress("weights", 0.0)
-    for name, tensor in checkpoint.tensors(dtype, device):
-        num_done += tensor.numel()
-        yield name, tensor
-        progress("weights", num_done / checkpoint.num_parameters)

@@ -38,17 +38,20 @@ def _has_gpu_driver() -> bool:
     return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"))
 
 
-def resolve_dtype(name: str, config: GemmaConfig) -> DType:
+def resolve_dtype(name: str) -> DType:
     """auto: bfloat16, in which the models were trained. Raises DeviceError."""
     if name != "auto" and name not in list(DType):
         raise DeviceError(f"--dtype {name}: supported are auto, {', '.join(DType)}")
-    dtype = DType.BFLOAT16 if name == "auto" else DType(name)
+    return DType.BFLOAT16 if name == "auto" else DType(name)
+
+
+def check_dtype(dtype: DType, config: GemmaConfig) -> None:
+    """Raises DeviceError if the model cannot be computed in it."""
     if dtype is DType.FLOAT16 and config.model_type != "gemma":
         raise DeviceError(
             f"--dtype float16: the activations of {config.model_type} exceed its range (65504) and end in NaN; "
             "use bfloat16 or float32"
         )
-    return dtype
 
 
 def default_num_threads() -> int:

@@ -36,7 +36,7 @@ def serve(inbox: Inbox, send: Callable[[FromEngine], None]) -> int:
 
     An exception means that the engine's state can no longer be trusted; the caller lets the process die.
     """
-    # torch and the model's code take about two seconds to import; the caller's threads run meanwhile.
+    # The model's code takes a while to import; the caller's threads run meanwhile.
     from server.engine.build import StartError, build_engine
 
     start = inbox.get()

@@ -97,6 +97,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """auto | native | reference"""
     cpu_isa: str = "auto"
     """The native back end's instruction set level: auto | avx2 | avx512"""
+    weight_cache: bool = True
+    """Keep the weights in the native back end's form for later starts."""
     suppress_token_ids: tuple[int, ...] = ()
     """Ids that must never be sampled: rows of the embedding without a token, image control tokens."""
 

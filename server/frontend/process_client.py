@@ -24,7 +24,7 @@ STOP_SECONDS = 5.0
 
 class ProcessClient(MailboxClient):
     def __init__(self, log_level: str = "info") -> None:
-        """Starts the process, which imports torch while its owner finds out what to serve."""
+        """Starts the process, which imports what it needs while its owner finds out what to serve."""
         super().__init__()
         self._connection, theirs = socket.socketpair()
         with theirs:

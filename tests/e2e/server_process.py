@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -25,7 +26,9 @@ class ServerProcess:
     def __init__(self, model: Path | str, *options: str) -> None:
         self._log = tempfile.NamedTemporaryFile(mode="w+", suffix=".log")  # noqa: SIM115  # closed by `close`
         command = [sys.executable, "-m", "server", "serve", "--model", str(model), "--port", "0", *options]
-        self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
+        # Checkpoints of tests last for a test, and their copies would stay.
+        environment = {"GEMMA_SERVER_WEIGHT_CACHE": "false"} | os.environ
+        self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, env=environment)
 
     @property
     def log(self) -> str:

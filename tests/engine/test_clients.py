@@ -59,7 +59,9 @@ def make_request(
 
 
 def make_config(checkpoint: Path) -> EngineConfig:
-    return EngineConfig(model_path=str(checkpoint), dtype="float32", device="cpu", num_threads=1)
+    return EngineConfig(
+        model_path=str(checkpoint), dtype="float32", device="cpu", num_threads=1, weight_cache=False
+    )
 
 
 @pytest.fixture(params=[ProcessClient, InprocClient])

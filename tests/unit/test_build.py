@@ -43,7 +43,9 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config(model_path: str, **changes: Any) -> EngineConfig:
-    return EngineConfig(**{"model_path": model_path, "device": "cpu", "num_threads": 1} | changes)
+    return EngineConfig(
+        **{"model_path": model_path, "device": "cpu", "num_threads": 1, "weight_cache": False} | changes
+    )
 
 
 def test_an_engine_says_what_it_is_and_generates(model_path: str) -> None:

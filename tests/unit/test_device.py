@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.device import DeviceError, _cgroup_cores, default_num_threads, resolve_device, resolve_dtype
+from server.engine.device import (
+    DeviceError,
+    _cgroup_cores,
+    check_dtype,
+    default_num_threads,
+    resolve_device,
+    resolve_dtype,
+)
 from server.engine.dtype import DType
 from server.engine.models.config import GemmaConfig
 from server.engine.models.config_reader import read_hf
@@ -17,20 +24,22 @@ LATER = [read_hf({"model_type": model_type}) for model_type in ("gemma2", "gemma
 
 
 def test_dtype_auto_is_bfloat16_and_names_are_taken_literally() -> None:
-    assert resolve_dtype("auto", GEMMA_1) is DType.BFLOAT16
-    assert resolve_dtype("float32", LATER[0]) is DType.FLOAT32
-    assert resolve_dtype("float16", GEMMA_1) is DType.FLOAT16
+    assert resolve_dtype("auto") is DType.BFLOAT16
+    assert resolve_dtype("float32") is DType.FLOAT32
+    assert resolve_dtype("float16") is DType.FLOAT16
+    check_dtype(DType.FLOAT16, GEMMA_1)
+    check_dtype(DType.FLOAT32, LATER[0])
 
 
 @pytest.mark.parametrize("config", LATER)
 def test_float16_is_refused_for_the_generations_that_overflow_it(config: GemmaConfig) -> None:
     with pytest.raises(DeviceError, match=r"--dtype float16.*65504"):
-        resolve_dtype("float16", config)
+        check_dtype(DType.FLOAT16, config)
 
 
 def test_unknown_dtype_and_device_are_refused_by_name() -> None:
     with pytest.raises(DeviceError, match="--dtype int3"):
-        resolve_dtype("int3", GEMMA_1)
+        resolve_dtype("int3")
     with pytest.raises(DeviceError, match="--device tpu"):
         resolve_device("tpu")
 

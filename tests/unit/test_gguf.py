@@ -145,6 +145,15 @@ def test_a_vocabulary_sized_string_array_is_read_quickly(tmp_path: Path) -> None
     assert tokens[-1] == "▁word262143"
 
 
+def test_metadata_can_be_read_without_the_vocabulary(tmp_path: Path) -> None:
+    words = text("tokenizer.ggml.tokens") + u32(9) + u32(8) + u64(2) + text("a") + text(b"\xff is no UTF-8")
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header(0, 2, words + PAIR))
+    assert read_metadata(path, with_vocabulary=False) == {"k": 1}
+    with pytest.raises(GGUFError, match="not valid UTF-8"):
+        read_metadata(path)
+
+
 MALFORMED = {
     "not GGUF": (header(0, 0, magic=b"GGML"), "not a GGUF file"),
     "a zip archive": (b"PK\3\4" + bytes(64), "not a GGUF file"),

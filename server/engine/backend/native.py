@@ -34,7 +34,7 @@ from server.engine.backend.native_calls import (
     PackCall,
     declare,
 )
-from server.engine.backend.native_library import NativeUnavailableError, load_library
+from server.engine.backend.native_library import NativeUnavailableError, library_name, load_library
 from server.engine.backend.native_program import Array, Recording, Register, Rope
 from server.engine.dtype import DType
 from server.engine.inputs import ModelInputs
@@ -118,6 +118,11 @@ class NativeBackend:
         weakref.finalize(self, self._library.gemma_destroy, self._engine)
 
     # --- once, at load -------------------------------------------------------------------------------------
+
+    @property
+    def weight_form(self) -> str:
+        """Two back ends can use each other's prepared weights if this is the same."""
+        return f"{library_name()} {self.dtype}"
 
     def prepare_linear(self, weight: Tensor) -> PackedMatrix:
         import torch

@@ -121,8 +121,8 @@ class GGUFFile:
         self._file = file
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Read and check the header.
+    def open(cls, path: Path, with_vocabulary: bool = True) -> Self:
+        """Read and check the header. Reading the vocabulary takes most of the time.
 
         Raises GGUFError for a malformed or unsupported file, OSError if it cannot be read.
         """
@@ -132,7 +132,7 @@ class GGUFFile:
             if size < 24:
                 raise GGUFError(f"{path.name}: {size} bytes is too short for a GGUF header of 24 bytes")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                metadata, tensors = _HeaderReader(data, path.name).read()
+                metadata, tensors = _HeaderReader(data, path.name, with_vocabulary).read()
         except BaseException:
             file.close()
             raise
@@ -167,12 +167,13 @@ class GGUFFile:
         self.close()
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path, with_vocabulary: bool = True) -> Metadata:
     """The key-value pairs of a GGUF file (hyper-parameters, vocabulary). Raises GGUFError, OSError."""
-    with GGUFFile.open(path) as file:
+    with GGUFFile.open(path, with_vocabulary) as file:
         return file.metadata
 
 
+_VOCABULARY = "tokenizer."
 _ARRAY = 9
 _STRING = 8
 # Value types of the format, but for string (8) and array (9): number -> little-endian struct code.
@@ -184,7 +185,8 @@ _U64 = struct.Struct("<Q")
 class _HeaderReader:
     """A cursor over the mapped file which never moves past its end."""
 
-    def __init__(self, data: mmap.mmap, file_name: str) -> None:
+    def __init__(self, data: mmap.mmap, file_name: str, with_vocabulary: bool) -> None:
+        self._with_vocabulary = with_vocabulary
         self._data = data
         self._size = len(data)
         self._position = 0
@@ -206,7 +208,9 @@ class _HeaderReader:
             key = self._name("metadata key")
             if key in metadata:
                 self._fail(f"metadata key {key} occurs twice")
-            metadata[key] = self._value(key)
+            value = self._value(key)
+            if self._with_vocabulary or not key.startswith(_VOCABULARY):
+                metadata[key] = value
         entries = [self._tensor_entry() for _ in range(num_tensors)]
         alignment = self._alignment(metadata)
         data_start = -(-self._position // alignment) * alignment
@@ -239,8 +243,12 @@ class _HeaderReader:
         return list(values)
 
     def _strings(self, count: int, key: str) -> list[str]:
-        """`count` strings. The vocabulary has 262,144 of them, so this loop is written for speed."""
+        """`count` strings, or none of a vocabulary that is not wanted.
+
+        The vocabulary has 262,144 of them, so this loop is written for speed.
+        """
         data, size, position = self._data, self._size, self._position
+        wanted = self._with_vocabulary or not key.startswith(_VOCABULARY)
         unpack: Callable[[mmap.mmap, int], tuple[int]] = _U64.unpack_from
         result: list[str] = []
         for index in range(count):
@@ -253,6 +261,8 @@ class _HeaderReader:
                     f"string {index} of metadata key {key} is {position - start} bytes long, but only "
                     f"{size - start} bytes of the file are left"
                 )
+            if not wanted:
+                continue
             try:
                 result.append(data[start:position].decode())
             except UnicodeDecodeError:
