@@ -15,6 +15,7 @@ any mix of single tokens and prompt chunks. Laws:
 from __future__ import annotations
 
 import itertools
+import sys
 from bisect import insort
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -159,11 +160,17 @@ class Scheduler:
 
     # --- planning a step ----------------------------------------------------------------------------------
 
-    def schedule(self) -> ScheduledBatch:
-        """Plan a step and take the KV blocks for it. `update` must follow, even if nothing is planned."""
+    def schedule(self, max_prefill_tokens: int = sys.maxsize) -> ScheduledBatch:
+        """Plan a step and take the KV blocks for it. `update` must follow, even if nothing is planned.
+
+        max_prefill_tokens: tokens of chunks in a step that has sequences with one token, too.
+        """
         plan: dict[Sequence, ScheduledSequence] = {}
         preempted: list[Sequence] = []
         budget = self._config.max_num_batched_tokens
+        num_streams = sum(seq.num_tokens - seq.num_computed == 1 for seq in self._running)
+        if num_streams > 0:
+            budget = min(budget, num_streams + max_prefill_tokens)
         for seq in sorted(self._running, key=lambda seq: seq.num_tokens - seq.num_computed > 1):
             if budget == 0:
                 break

@@ -67,6 +67,13 @@ class ServerConfig(BaseModel):
     max_num_batched_tokens: int | None = Field(
         None, ge=1, description="Tokens in one step at most; 512 on a CPU and 2048 on a GPU if not given."
     )
+    prefill_stretch: float = Field(
+        2.5,
+        gt=1,
+        le=1000,
+        description="While streams run, prompts are computed in pieces so small that a step takes about so "
+        "many times as long as without, at most. Lower: steadier streams; higher: earlier first tokens.",
+    )
     block_size: int = Field(16, ge=1, le=256, description="Tokens in one block of the KV cache.")
     enable_prefix_caching: bool = Field(
         True, description="Reuse the KV cache of prompts with a common beginning."

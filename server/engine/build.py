@@ -26,6 +26,7 @@ from server.engine.model_runner import ModelRunner
 from server.engine.models.config import GemmaConfig
 from server.engine.models.gemma import GemmaModel
 from server.engine.models.weights import open_weights
+from server.engine.pacing import PrefillPacer
 from server.engine.types import EngineConfig, EngineInfo
 
 Progress = Callable[[str, float], None]
@@ -130,7 +131,8 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
         kv_cache_bytes=kv.num_bytes,
         weight_bytes=weight_bytes,
     )
-    return EngineCore(scheduler, runner), info
+    pacer = PrefillPacer(config.prefill_stretch, limits.max_num_batched_tokens)
+    return EngineCore(scheduler, pacer, runner), info
 
 
 def _limits(config: EngineConfig, model: GemmaConfig, defaults: _DeviceDefaults) -> PoolLimits:

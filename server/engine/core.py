@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from server.batching import NeverFitsError, ScheduledBatch, Scheduler
+from server.engine.pacing import PrefillPacer
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence
 from server.engine.types import FinishReason, GenerateRequest, SequenceOutput, StepOutput, StepStats
@@ -32,9 +33,14 @@ class EngineCore:
     """Owns the scheduler and the runner. Not thread-safe: one thread calls everything."""
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, clock: Callable[[], float] = time.monotonic
+        self,
+        scheduler: Scheduler,
+        pacer: PrefillPacer,
+        runner: Runner,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
+        self._pacer = pacer
         self._runner = runner
         self._clock = clock
         self._terminal: list[SequenceOutput] = []
@@ -61,7 +67,7 @@ class EngineCore:
     def step(self) -> StepOutput:
         """Advance every running sequence by one step."""
         started = self._clock()
-        batch = self._scheduler.schedule()
+        batch = self._scheduler.schedule(self._pacer.max_prefill_tokens())
         for seq in batch.preempted:
             logger.info(
                 "preempted request=%s tokens=%d preemptions=%d: no KV block is free, it will be computed again",
@@ -72,6 +78,8 @@ class EngineCore:
         sampled = self._runner.execute(batch) if batch.sequences else []
         outputs = self._scheduler.update(batch, sampled)
         finished = self._clock()
+        num_streams = sum(scheduled.num_new == 1 for scheduled in batch.sequences)
+        self._pacer.record(num_streams, batch.num_tokens - num_streams, finished - started)
         outputs, self._terminal = self._terminal + outputs, []
         return StepOutput(outputs=outputs, stats=self._stats(batch, finished - started))
 

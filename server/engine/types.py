@@ -83,6 +83,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """None: chosen by device."""
     max_num_batched_tokens: int | None = None
     """Tokens in one step at most; None: chosen by device."""
+    prefill_stretch: float = 2.5
+    """How many times the time of a step without prompts one with them may take, while streams run."""
     block_size: int = 16
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float | None = None

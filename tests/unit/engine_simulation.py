@@ -9,6 +9,7 @@ the scheduler did, the outputs must equal those of `generate_alone`.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -132,6 +133,7 @@ class Engine:
     outputs: dict[str, list[SequenceOutput]]
     num_preemptions: int = 0
     num_cached_tokens: int = 0
+    max_prefill_tokens: int = sys.maxsize
 
     def add(self, request: GenerateRequest) -> EngineSequence:
         seq = EngineSequence.from_request(request)
@@ -142,7 +144,7 @@ class Engine:
         """One step; `during` runs between the forward pass and `update`."""
         running = [seq for seq in self.scheduler.sequences if seq.block_tables]
         decodes = [seq for seq in running if seq.num_tokens - seq.num_computed == 1]
-        batch = self.scheduler.schedule()
+        batch = self.scheduler.schedule(self.max_prefill_tokens)
         self.kv.check(self.scheduler.sequences)
         planned = [scheduled.seq for scheduled in batch.sequences]
         assert batch.num_tokens <= self.config.max_num_batched_tokens

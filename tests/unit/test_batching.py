@@ -52,6 +52,20 @@ def test_decodes_come_before_a_long_prefill_that_arrived_earlier() -> None:
     assert planned(engine) == [("short", 2, 1, True), ("long", 6, 6, False)]
 
 
+def test_beside_running_streams_prompts_get_no_more_than_they_are_given() -> None:
+    engine = make_engine(max_num_batched_tokens=20, long_prefill_threshold=10)
+    engine.max_prefill_tokens = 3
+    engine.add(make_request("a", [1, 2]))
+    engine.add(make_request("b", [3, 4]))
+    assert planned(engine) == [("a", 0, 2, True), ("b", 0, 2, True)], "nobody runs yet"
+    engine.add(make_request("long", range(100, 140)))
+    engine.add(make_request("other", range(200, 240)))
+    streams = [("a", 2, 1, True), ("b", 2, 1, True)]
+    assert planned(engine) == [*streams, ("long", 0, 3, False)]
+    engine.max_prefill_tokens = 12
+    assert planned(engine)[2:] == [("long", 3, 10, False), ("other", 0, 2, False)]
+
+
 def test_several_long_prompts_share_the_budget_in_order_of_arrival() -> None:
     engine = make_engine(max_num_batched_tokens=10, long_prefill_threshold=4)
     for number, request_id in enumerate("abc"):
