@@ -103,7 +103,7 @@ class ServerConfig(BaseModel):
         description="What computes: `native` is C++ kernels for CPUs, `reference` plain PyTorch; auto takes "
         "native on a CPU where the kernels are there or a compiler can make them.",
     )
-    cpu_isa: Literal["auto", "avx2", "avx512"] = Field(
+    cpu_isa: Literal["auto", "avx2", "avx512", "avx512_bf16", "amx"] = Field(
         "auto", description="Instruction set of the native kernels; auto takes the highest that the CPU has."
     )
     weight_cache: bool = Field(

@@ -43,7 +43,7 @@ from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEVELS: Final = ("avx2", "avx512")
+LEVELS: Final = ("avx2", "avx512", "avx512_bf16", "amx")
 """From the lowest to the highest, as the library numbers them from 1."""
 _TYPES: dict[DType, tuple[int, np.dtype[Any]]] = {
     DType.FLOAT32: (F32, np.dtype(np.float32)),
@@ -101,14 +101,7 @@ class NativeBackend:
         self._type, self._element = _TYPES[dtype]
         self._library = load_library()
         declare(self._library)
-        best = self._library.gemma_best_level()
-        if best == 0:
-            raise NativeUnavailableError("the processor has no AVX2")
-        number = best if level == "auto" else LEVELS.index(level) + 1
-        if number > best:
-            raise NativeUnavailableError(
-                f"the processor has no {level}; its highest level is {LEVELS[best - 1]}"
-            )
+        number = _level_number(level, self._library)
         self.level = LEVELS[number - 1]
         engine = self._library.gemma_create(number, num_threads)
         if engine is None:
@@ -264,6 +257,21 @@ class NativeBackend:
         return LinearCall(
             type=self._type, packed=_address(weight.data), outputs=weight.outputs, inputs=weight.inputs
         )
+
+
+def _level_number(level: str, library: ctypes.CDLL) -> int:
+    """The library's number of a level. Raises NativeUnavailableError."""
+    processor, built = library.gemma_processor_level(), library.gemma_built_level()
+    if processor == 0:
+        raise NativeUnavailableError("the processor has no AVX2")
+    number = min(processor, built) if level == "auto" else LEVELS.index(level) + 1
+    if number > processor:
+        highest = LEVELS[processor - 1]
+        raise NativeUnavailableError(f"the processor has no {level}; its highest level is {highest}")
+    if number > built:
+        highest = LEVELS[built - 1]
+        raise NativeUnavailableError(f"their compiler knew no {level}; its highest level is {highest}")
+    return number
 
 
 def _padded(size: int) -> int:

@@ -164,8 +164,9 @@ KINDS: dict[type[ctypes.Structure], int] = {
 
 def declare(library: ctypes.CDLL) -> None:
     """Tells ctypes the functions' types. ctypes lets go of the GIL while they run."""
-    library.gemma_best_level.argtypes = []
-    library.gemma_best_level.restype = c_int32
+    for name in ("gemma_processor_level", "gemma_built_level"):
+        getattr(library, name).argtypes = []
+        getattr(library, name).restype = c_int32
     library.gemma_create.argtypes = [c_int32, c_int32]
     library.gemma_create.restype = c_void_p
     library.gemma_destroy.argtypes = [c_void_p]

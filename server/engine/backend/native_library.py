@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent.parent / "csrc"
 
@@ -34,10 +38,15 @@ _FLAGS = (
     "-fno-math-errno",
     "-pthread",
 )
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 _FLAGS_OF = {
     "level_avx2": ("-mavx2", "-mfma"),
-    "level_avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+    "level_avx512": _AVX512,
+    "level_avx512_bf16": (*_AVX512, "-mavx512bf16"),
+    "level_amx": (*_AVX512, "-mamx-tile", "-mamx-bf16"),
 }
+# Compilers and assemblers from before 2021 do not know these; what they build has the other levels.
+_DISPENSABLE = ("level_avx512_bf16", "level_amx")
 _MACHINES = ("x86_64", "AMD64")
 
 
@@ -60,23 +69,35 @@ def load_library() -> ctypes.CDLL:
         raise NativeUnavailableError(f"the library cannot be built or loaded: {error}") from error
 
 
-def build_library(target: Path) -> Path:
-    """Compiles the kernels into `target`, whose directory is made. Raises NativeUnavailableError, OSError."""
+def translation_units() -> dict[Path, tuple[str, ...]]:
+    """What the library is compiled from, each with the flags that are its own."""
+    return {source: _FLAGS_OF.get(source.stem, ()) for source in sorted(SOURCES.glob("*.cpp"))}
+
+
+def build_library(target: Path, units: Mapping[Path, tuple[str, ...]] | None = None) -> Path:
+    """Compiles the kernels, or other translation units, into `target`, whose directory is made.
+
+    Leaves out a level that the compiler does not know. Raises NativeUnavailableError, OSError.
+    """
     compiler = _compiler()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as directory:
-        objects = []
-        running = []
-        for source in sorted(SOURCES.glob("*.cpp")):
-            objects.append(str(Path(directory, f"{source.stem}.o")))
-            flags = (*_FLAGS, *_FLAGS_OF.get(source.stem, ()))
-            command = [*compiler, *flags, "-c", str(source), "-o", objects[-1]]
-            running.append(
-                subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        running = {}
+        for source, flags in (translation_units() if units is None else units).items():
+            built_object = str(Path(directory, f"{source.stem}.o"))
+            command = [*compiler, *_FLAGS, *flags, "-c", str(source), "-o", built_object]
+            running[built_object] = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
             )
-        outputs = [process.communicate()[1] for process in running]
-        for process, output in zip(running, outputs, strict=True):
+        outputs = [process.communicate()[1] for process in running.values()]
+        objects = []
+        for (built_object, process), output in zip(running.items(), outputs, strict=True):
+            name = Path(built_object).stem
+            if process.returncode != 0 and name in _DISPENSABLE:
+                logger.warning("native CPU kernels without %s: %s", name, _first_error(compiler, output))
+                continue
             _check(process.returncode, compiler, output)
+            objects.append(built_object)
         built = Path(directory, target.name)
         link = subprocess.run(
             [*compiler, "-shared", "-pthread", *objects, "-o", str(built)], capture_output=True, text=True
@@ -110,8 +131,12 @@ def _compiler() -> list[str]:
 
 def _check(status: int, compiler: list[str], output: str) -> None:
     if status != 0:
-        first = next((line for line in output.splitlines() if "error" in line), output.strip())
-        raise NativeUnavailableError(f"{compiler[0]} cannot build them: {first}")
+        raise NativeUnavailableError(_first_error(compiler, output))
+
+
+def _first_error(compiler: list[str], output: str) -> str:
+    first = next((line for line in output.splitlines() if "error" in line), output.strip())
+    return f"{compiler[0]} cannot build them: {first}"
 
 
 if __name__ == "__main__":

@@ -2,46 +2,22 @@
 //
 // Pointers are to contiguous arrays that outlive the call. Nothing here checks shapes: native.py does.
 
+#include "levels.h"
 #include "program.h"
 
-namespace gemma {
-
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
-
-namespace {
-
-enum class Level : int32_t { none = 0, avx2 = 1, avx512 = 2 };
-
-// The highest level that this processor and this operating system have.
-Level best_level() {
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Level::none;
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return avx512 ? Level::avx512 : Level::avx2;
-}
-
-}  // namespace
-}  // namespace gemma
-
 using gemma::Engine;
-using gemma::Level;
 
 #pragma GCC visibility push(default)
 extern "C" {
 
-// 0: none, 1: AVX2, 2: AVX-512.
-int32_t gemma_best_level() { return int32_t(gemma::best_level()); }
+// Levels are numbered as in levels.h.
+int32_t gemma_processor_level() { return int32_t(gemma::processor_level()); }
 
-// Null if the processor lacks the level, or memory is short.
+int32_t gemma_built_level() { return int32_t(gemma::built_level()); }
+
+// level: at most the two above. Null if memory is short, or no thread can be started.
 void* gemma_create(int32_t level, int32_t threads) try {
-    if (level < 1 || level > gemma_best_level()) return nullptr;
-    return new Engine(Level(level) == Level::avx512 ? gemma::avx512::kernels : gemma::avx2::kernels, threads);
+    return new Engine(gemma::kernels_of(gemma::Level(level)), threads);
 } catch (...) {
     return nullptr;
 }

@@ -61,7 +61,7 @@ struct Engine {
         );
     }
 
-    const Kernels& kernels;
+    const Kernels kernels;
     ThreadPool pool;
     Buffer rows;      // of a linear layer in fp32, or an attention's queries
     Buffer partials;  // of attention
