@@ -21,7 +21,7 @@ from tests.parity.harness import (
     prompt,
     request,
 )
-from tests.unit.native_backends import every_level, native_backend
+from tests.unit.native_backends import every_level, every_width, native_backend
 
 LENGTH = 3 * WINDOW + 5
 PROMPTS = [prompt(length, seed=length) for length in (3 * WINDOW + 2, 1, WINDOW, 17, 4 * WINDOW + 1)]
@@ -33,7 +33,7 @@ def native_model(name: str, level: str, dtype: torch.dtype = torch.float32) -> G
     return load_model(read_hf(CONFIGS[name]), native_backend(dtype, level), checkpoint(name))
 
 
-@every_level
+@every_width
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_transformers_and_are_the_same_for_every_chunk_and_block_size(
     name: str, level: str
@@ -45,7 +45,7 @@ def test_logits_equal_transformers_and_are_the_same_for_every_chunk_and_block_si
         assert torch.equal(our_logits(native_model(name, level), token_ids, chunk, block_size), whole)
 
 
-@every_level
+@every_width
 @pytest.mark.parametrize("name", ["gemma1", "gemma3-rope-factor-8"])
 def test_logits_far_into_the_context_equal_transformers(name: str, level: str) -> None:
     token_ids = prompt(2100, seed=3)
@@ -53,7 +53,7 @@ def test_logits_far_into_the_context_equal_transformers(name: str, level: str) -
     torch.testing.assert_close(ours[-50:], hf_logits(name, token_ids)[-50:], atol=1e-4, rtol=0)
 
 
-@every_level
+@every_width
 @pytest.mark.parametrize("chunk", [3, 64])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sequences_that_arrive_in_turn_are_continued_as_by_transformers(

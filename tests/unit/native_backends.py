@@ -1,22 +1,26 @@
-"""Native back ends of every level and number of threads, for tests; skipped where they cannot be."""
+"""Native back ends of every level and number of threads, for tests; what the processor lacks is emulated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from server.engine.backend import native
 from server.engine.backend.native import LEVELS, NativeBackend
-from server.engine.backend.native_library import NativeUnavailableError
+from server.engine.backend.native_calls import declare
+from server.engine.backend.native_library import NativeUnavailableError, load_library
 from server.engine.backend.native_program import Recording, Register
 from server.engine.backend.reference import ReferenceBackend, ReferenceStep
 from server.engine.dtype import DType
 from server.engine.inputs import ModelInputs
+from tests.emulated.library import emulated_library
 
 THREADS = (1, 2)
 
@@ -27,10 +31,25 @@ def dtype_of(dtype: torch.dtype) -> DType:
 
 @cache
 def native_backend(dtype: torch.dtype, level: str = "auto", num_threads: int = 2) -> NativeBackend:
+    """Skips where there is no compiler, or not even AVX2."""
     try:
-        return NativeBackend(dtype_of(dtype), num_threads, level)
+        if level == "auto" or LEVELS.index(level) < processor_level():
+            return NativeBackend(dtype_of(dtype), num_threads, level)
+        with mock.patch.object(native, "load_library", emulated_library):
+            return NativeBackend(dtype_of(dtype), num_threads, level)
     except NativeUnavailableError as error:
         pytest.skip(f"no native kernels: {error}")
+
+
+@cache
+def processor_level() -> int:
+    """The number of levels that run here without emulation."""
+    library = load_library()
+    declare(library)
+    level: int = library.gemma_processor_level()
+    if level == 0:
+        raise NativeUnavailableError("the processor has no AVX2")
+    return level
 
 
 REFERENCE = {
@@ -39,6 +58,8 @@ REFERENCE = {
 """What the native ones are compared with."""
 
 every_level = pytest.mark.parametrize("level", LEVELS)
+every_width = pytest.mark.parametrize("level", ["avx2", "avx512"])
+"""For what the levels above AVX-512 take from it: all but linear layers in bf16."""
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 CPU = torch.device("cpu")

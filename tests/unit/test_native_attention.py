@@ -19,7 +19,7 @@ from tests.unit.native_backends import (
     Native,
     Reference,
     every_dtype,
-    every_level,
+    every_width,
     native_backend,
 )
 from tests.unit.test_native_ops import normal
@@ -127,7 +127,7 @@ def assert_equals_reference(
             torch.testing.assert_close(ours, expected, atol=2e-2, rtol=2**-7)
 
 
-@every_level
+@every_width
 @every_dtype
 @pytest.mark.parametrize("window", [None, 1, 7, 33])
 @pytest.mark.parametrize("block_size", [1, 5, 16, 32])
@@ -137,7 +137,7 @@ def test_mixed_batches_equal_the_reference(
     assert_equals_reference(level, dtype, AttentionSpec(4, 2, 32, 0.2, window, None), block_size)
 
 
-@every_level
+@every_width
 @every_dtype
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim"), [(4, 1, 256), (8, 1, 64), (16, 16, 16), (6, 2, 24), (7, 1, 48)]
@@ -150,13 +150,13 @@ def test_every_shape_of_heads_equals_the_reference(
     assert_equals_reference(level, dtype, spec, block_size=16)
 
 
-@every_level
+@every_width
 @every_dtype
 def test_layers_without_a_norm_of_queries_and_keys_equal_the_reference(level: str, dtype: torch.dtype) -> None:
     assert_equals_reference(level, dtype, AttentionSpec(4, 2, 32, 0.1, None, None), 16, qk_norm=False)
 
 
-@every_level
+@every_width
 @every_dtype
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize(("window", "block_size"), [(None, 16), (6, 16), (None, 4), (6, 32)])
@@ -166,7 +166,7 @@ def test_what_other_sequences_left_in_a_block_does_not_leak(
     assert_equals_reference(level, dtype, AttentionSpec(4, 2, 24, 0.2, window, None), block_size, poison=poison)
 
 
-@every_level
+@every_width
 @every_dtype
 @pytest.mark.parametrize("window", [None, 70])
 def test_a_row_depends_on_the_tokens_before_it_alone(
@@ -189,7 +189,7 @@ def test_a_row_depends_on_the_tokens_before_it_alone(
                 assert torch.equal(attention.run(lengths, steps), expected), name
 
 
-@every_level
+@every_width
 def test_long_contexts_of_few_sequences_are_shared_out_among_the_threads(level: str) -> None:
     """Spans computed by different threads are merged in the same order as by one."""
     spec = AttentionSpec(2, 1, 32, 0.2, None, None)

@@ -1,4 +1,4 @@
-"""The native back end's operations against the reference back end's, at every level that this processor has."""
+"""The native back end's operations against the reference back end's, at every level."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from tests.unit.native_backends import (
     Native,
     every_dtype,
     every_level,
+    every_width,
 )
 
 __all__ = ["one_torch_thread"]  # a fixture
 
-ROWS = [*range(1, 15), 32, 40]
+ROWS = [*range(1, 18), 31, 32, 33, 40, 49]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -92,10 +93,36 @@ def test_logits_are_rounded_as_a_linear_layers_output_and_then_soft_capped(
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
 
 
-# --- embedding, norms, activation --------------------------------------------------------------------------
+@every_level
+@every_dtype
+@pytest.mark.parametrize("inputs", [31, 34, 545])
+def test_an_infinite_weight_shows_in_its_own_output_alone(level: str, dtype: torch.dtype, inputs: int) -> None:
+    """Where a row of weights ends in the middle of what is read at once, the next one's are not read."""
+    native = Native(dtype, level)
+    weight = normal(64, inputs, dtype=dtype)
+    weight[16::16, 0] = math.inf
+    ours = native.linear(normal(33, inputs, dtype=dtype, seed=1), native.backend.prepare_linear(weight))
+    finite = torch.ones(64, dtype=torch.bool)
+    finite[16::16] = False
+    assert ours[:, finite].isfinite().all()
+    assert not ours[:, ~finite].isfinite().any()
 
 
 @every_level
+@every_dtype
+def test_what_an_earlier_product_left_in_the_scratch_memory_does_not_leak(
+    level: str, dtype: torch.dtype
+) -> None:
+    native = Native(dtype, level)
+    wide, narrow = (native.backend.prepare_linear(normal(16, n, dtype=dtype)) for n in (2000, 33))
+    native.linear(torch.full((40, 2000), math.nan, dtype=dtype), wide)
+    assert native.linear(normal(40, 33, dtype=dtype, seed=1), narrow).isfinite().all()
+
+
+# --- embedding, norms, activation --------------------------------------------------------------------------
+
+
+@every_width
 @every_dtype
 @pytest.mark.parametrize("width", [3, 16, 40, 641])
 def test_embedding_rows_are_those_of_the_table_times_the_scale(
@@ -107,7 +134,7 @@ def test_embedding_rows_are_those_of_the_table_times_the_scale(
     assert torch.equal(ours, torch.nn.functional.embedding(ids, table) * 25.25)
 
 
-@every_level
+@every_width
 @every_dtype
 @pytest.mark.parametrize("width", [1, 16, 40, 641])
 def test_norms_equal_the_reference(level: str, dtype: torch.dtype, width: int) -> None:
@@ -122,7 +149,7 @@ def test_norms_equal_the_reference(level: str, dtype: torch.dtype, width: int) -
     assert_near(normed, expected[1])
 
 
-@every_level
+@every_width
 @every_dtype
 def test_the_epsilon_is_added_to_the_mean_square(level: str, dtype: torch.dtype) -> None:
     native = Native(dtype, level)
@@ -132,7 +159,7 @@ def test_the_epsilon_is_added_to_the_mean_square(level: str, dtype: torch.dtype)
     torch.testing.assert_close(ours.float(), torch.full((1, 8), math.sqrt(0.5)), atol=2e-3, rtol=0)
 
 
-@every_level
+@every_width
 @every_dtype
 def test_geglu_equals_the_reference_over_the_whole_range(level: str, dtype: torch.dtype) -> None:
     gate = torch.cat((torch.linspace(-12, 12, 1003), torch.tensor([-300.0, -1e-4, 0.0, 1e-4, 300.0])))
