@@ -52,6 +52,11 @@ class ServerConfig(BaseModel):
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
         "auto", description="Type of weights and KV cache; auto means bfloat16."
     )
+    quantization: Literal["none", "int8"] = Field(
+        "none",
+        description="int8 rounds the weights to 8 bits when they are loaded, with a scale for each row: half "
+        "the memory and, with the native back end, up to twice the speed, for answers that differ slightly.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes a CUDA device where there is one."
     )

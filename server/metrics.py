@@ -100,9 +100,9 @@ class Metrics:
         Gauge(
             "gemma_build_info",
             "Always 1; the labels tell.",
-            ("version", "device", "dtype"),
+            ("version", "device", "dtype", "quantization"),
             registry=registry,
-        ).labels(__version__, info.device, info.dtype).set(1)
+        ).labels(__version__, info.device, info.dtype, info.quantization).set(1)
         Gauge(
             "vllm:cache_config_info",
             "Always 1; the labels tell how the KV cache is laid out.",

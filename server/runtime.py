@@ -110,11 +110,12 @@ class Runtime:
         seconds = time.monotonic() - started
         self.metrics.set_model(self.model, seconds)
         logger.info(
-            "serving %s on %s in %s (%s back end) after %.1f s: %d tokens of context, %d MiB of weights, "
+            "serving %s on %s in %s%s (%s back end) after %.1f s: %d tokens of context, %d MiB of weights, "
             "%d MiB of KV cache",
             names[0],
             info.device,
             info.dtype,
+            "" if info.quantization == "none" else f" with {info.quantization} weights",
             info.backend,
             seconds,
             info.max_model_len,
@@ -161,6 +162,7 @@ class Runtime:
         return EngineConfig(
             model_path=str(files.path),
             dtype=config.dtype,
+            quantization=config.quantization,
             device=config.device,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,

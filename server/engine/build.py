@@ -21,6 +21,7 @@ from server.engine.memory import (
     activation_bytes,
     available_bytes,
     size_kv_pools,
+    weight_bytes,
 )
 from server.engine.model_runner import ModelRunner
 from server.engine.models.config import GemmaConfig
@@ -72,14 +73,15 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
     num_threads = config.num_threads or default_num_threads()
     dtype = resolve_dtype(config.dtype)
     free_bytes = available_bytes(device)
-    backend = choose_backend(config.backend, config.cpu_isa, device, dtype, num_threads)
+    backend = choose_backend(config.backend, config.cpu_isa, device, dtype, num_threads, config.quantization)
     source = open_weights(Path(config.model_path), backend, device, config.weight_cache)
     check_dtype(dtype, source.config)
     limits = _limits(config, source.config, _DEFAULTS[device])
-    weight_bytes = source.num_parameters * dtype.itemsize
-    if weight_bytes > free_bytes:
+    weights_size = weight_bytes(source.config, dtype.itemsize, config.quantization)
+    if weights_size > free_bytes:
+        form = dtype if config.quantization == "none" else config.quantization
         raise OutOfMemoryError(
-            f"the weights take {weight_bytes / MIB:.0f} MiB in {dtype}, but only {free_bytes / MIB:.0f} MiB of "
+            f"the weights take {weights_size / MIB:.0f} MiB in {form}, but only {free_bytes / MIB:.0f} MiB of "
             f"memory are free on the {device}"
         )
     model = GemmaModel(source.config, backend, source.load(lambda fraction: progress("weights", fraction)))
@@ -94,7 +96,7 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
             (limits.blocks_of_one(group) + 1) * size
             for group, size in zip(groups, bytes_per_block, strict=True)
         )
-        used = weight_bytes + activation_bytes(source.config, dtype.itemsize, limits)
+        used = weights_size + activation_bytes(source.config, dtype.itemsize, limits)
         budget = _kv_budget(config, _DEFAULTS[device], free_bytes, used, least)
         num_blocks = size_kv_pools(groups, bytes_per_block, budget, limits)
     kv = KVTensors(backend, groups, num_blocks, limits.block_size)
@@ -120,6 +122,7 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
     info = EngineInfo(
         device=device,
         dtype=dtype,
+        quantization=config.quantization,
         backend=backend.name,
         max_model_len=limits.max_model_len,
         max_num_seqs=limits.max_num_seqs,
@@ -129,7 +132,7 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
         block_size=limits.block_size,
         num_blocks={group.name: count for group, count in zip(groups, num_blocks, strict=True)},
         kv_cache_bytes=kv.num_bytes,
-        weight_bytes=weight_bytes,
+        weight_bytes=weights_size,
     )
     pacer = PrefillPacer(config.prefill_stretch, limits.max_num_batched_tokens)
     return EngineCore(scheduler, pacer, runner), info

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from server.engine.kv_cache.manager import sliding_pool_blocks
-from server.engine.models.config import GemmaConfig, KVGroupSpec
+from server.engine.models.config import GemmaConfig, KVGroupSpec, expected_weights
 
 MIB = 1 << 20
 
@@ -53,6 +54,14 @@ class PoolLimits:
         return sliding_pool_blocks(
             group.window, self.block_size, num_seqs, self.max_num_batched_tokens, self.max_model_len
         )
+
+
+def weight_bytes(config: GemmaConfig, itemsize: int, quantization: str) -> int:
+    """Of the loaded weights. quantization: none, or int8, where each row of a matrix has a scale in fp32."""
+    shapes = expected_weights(config).values()
+    if quantization == "none":
+        return itemsize * sum(map(prod, shapes))
+    return sum(prod(shape) + 4 * shape[0] if len(shape) == 2 else 4 * shape[0] for shape in shapes)
 
 
 def activation_bytes(config: GemmaConfig, itemsize: int, limits: PoolLimits) -> int:

@@ -75,6 +75,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A directory with config.json and safetensors, or a .gguf file."""
     dtype: str = "auto"
     """auto | bfloat16 | float32 | float16"""
+    quantization: str = "none"
+    """Of the weight matrices: none | int8"""
     device: str = "auto"
     """auto | cpu | cuda"""
     max_model_len: int | None = None
@@ -110,6 +112,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     device: str
     dtype: str
+    quantization: str
     backend: str
     max_model_len: int
     max_num_seqs: int

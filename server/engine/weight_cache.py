@@ -44,7 +44,6 @@ _SOURCE_SUFFIXES = (".gguf", ".safetensors", ".json")
 @dataclass(frozen=True, slots=True)
 class CachedModel:
     config: GemmaConfig
-    num_parameters: int
     weights: PreparedWeights
 
 
@@ -59,7 +58,6 @@ class _Array(msgspec.Struct, frozen=True):
 class _Header(msgspec.Struct, frozen=True):
     key: str
     config: GemmaConfig
-    num_parameters: int
     arrays: dict[str, _Array]
 
 
@@ -91,9 +89,9 @@ class WeightCache:
             if not isinstance(error, FileNotFoundError):
                 logger.warning("the prepared weights in %s cannot be used: %s", self.path, error)
             return None
-        return CachedModel(header.config, header.num_parameters, weights)
+        return CachedModel(header.config, weights)
 
-    def write(self, config: GemmaConfig, num_parameters: int, weights: PreparedWeights) -> None:
+    def write(self, config: GemmaConfig, weights: PreparedWeights) -> None:
         """Keep a copy for the next start. What goes wrong is logged."""
         data: dict[str, memoryview] = {}
         arrays: dict[str, _Array] = {}
@@ -103,7 +101,7 @@ class WeightCache:
             data[name] = content.data.cast("B")
             arrays[name] = _Array(offset, len(data[name]), _fields(weight))
             offset = _aligned(offset + len(data[name]))
-        header = msgspec.json.encode(_Header(self._key, config, num_parameters, arrays))
+        header = msgspec.json.encode(_Header(self._key, config, arrays))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.path.parent).free

@@ -179,6 +179,7 @@ def make_info() -> EngineInfo:
     return EngineInfo(
         device="cpu",
         dtype="float32",
+        quantization="none",
         backend="reference",
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=4,

@@ -153,7 +153,7 @@ def test_http_metrics_are_labelled_by_route_template_only() -> None:
 
 def test_build_and_load_are_told(server: LiveServer) -> None:
     text = server.http.get("/metrics").text
-    assert 'gemma_build_info{device="cpu",dtype="float32",version=' in text
+    assert 'gemma_build_info{device="cpu",dtype="float32",quantization="none",version=' in text
     assert server.metric("gemma_model_loaded") == 1
     assert server.metric("gemma_model_load_seconds") == 1.5
     assert server.metric("process_start_time_seconds") > 0

@@ -81,6 +81,7 @@ GEMMA_HALVES_2(__m512, _mm512_max_ps, _mm256_max_ps)
 GEMMA_HALVES_2(__m512, _mm512_min_ps, _mm256_min_ps)
 GEMMA_HALVES_2(__m512i, _mm512_add_epi32, _mm256_add_epi32)
 GEMMA_HALVES_2(__m512i, _mm512_and_si512, _mm256_and_si256)
+GEMMA_HALVES_2(__m512i, _mm512_madd_epi16, _mm256_madd_epi16)
 #undef GEMMA_HALVES_2
 
 inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
@@ -105,6 +106,13 @@ inline __m512i _mm512_srli_epi32(__m512i a, unsigned n) {
 }
 inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
     return {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1))};
+}
+inline __m512 _mm512_cvtepi32_ps(__m512i a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+inline __m512i _mm512_cvtepi8_epi16(__m256i a) {
+    return {_mm256_cvtepi8_epi16(_mm256_castsi256_si128(a)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(a, 1))};
+}
+inline __m512i _mm512_cvtepi8_epi32(__m128i a) {
+    return {_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8))};
 }
 // The lower 16 bits of each lane.
 inline __m256i _mm512_cvtepi32_epi16(__m512i a) {

@@ -7,6 +7,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from server.engine.backend.native import LEVELS
 from server.engine.backend.native_library import SOURCES, build_library, library_name, translation_units
 
 EMULATED = Path(__file__).parent
@@ -25,7 +26,9 @@ def emulated_library() -> ctypes.CDLL:
         if file.is_file():
             digest.update(file.read_bytes())
     target = _BUILD / f"gemma_emulated-{digest.hexdigest()[:16]}.so"
-    return ctypes.CDLL(str(target if target.exists() else build_library(target, _emulated_units())))
+    library = ctypes.CDLL(str(target if target.exists() else build_library(target, _emulated_units())))
+    assert library.gemma_built_level() == len(LEVELS), "a level was left out, see the warning"
+    return library
 
 
 def _emulated_units() -> dict[Path, tuple[str, ...]]:

@@ -30,13 +30,15 @@ def dtype_of(dtype: torch.dtype) -> DType:
 
 
 @cache
-def native_backend(dtype: torch.dtype, level: str = "auto", num_threads: int = 2) -> NativeBackend:
+def native_backend(
+    dtype: torch.dtype, level: str = "auto", num_threads: int = 2, quantization: str = "none"
+) -> NativeBackend:
     """Skips where there is no compiler, or not even AVX2."""
     try:
         if level == "auto" or LEVELS.index(level) < processor_level():
-            return NativeBackend(dtype_of(dtype), num_threads, level)
+            return NativeBackend(dtype_of(dtype), num_threads, level, quantization)
         with mock.patch.object(native, "load_library", emulated_library):
-            return NativeBackend(dtype_of(dtype), num_threads, level)
+            return NativeBackend(dtype_of(dtype), num_threads, level, quantization)
     except NativeUnavailableError as error:
         pytest.skip(f"no native kernels: {error}")
 
@@ -68,8 +70,10 @@ CPU = torch.device("cpu")
 class Native:
     """A native back end's operations on torch tensors, one at a time, as the reference back end has them."""
 
-    def __init__(self, dtype: torch.dtype, level: str = "auto", num_threads: int = 2) -> None:
-        self.backend = native_backend(dtype, level, num_threads)
+    def __init__(
+        self, dtype: torch.dtype, level: str = "auto", num_threads: int = 2, quantization: str = "none"
+    ) -> None:
+        self.backend = native_backend(dtype, level, num_threads, quantization)
         self.dtype = dtype
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:

@@ -72,6 +72,22 @@ def test_an_engine_says_what_it_is_and_generates(model_path: str) -> None:
     assert outputs[-1].finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_weights_in_8_bits_take_less_and_generate(model_path: str, backend: str) -> None:
+    core, info = build_engine(config(model_path, backend=backend, quantization="int8"), lambda *_: None)
+    shapes = expected_weights(read_hf(CONFIG)).values()
+    assert (info.dtype, info.quantization) == ("bfloat16", "int8")
+    assert info.weight_bytes == sum(
+        shape[0] * shape[1] + 4 * shape[0] if len(shape) == 2 else 4 * shape[0] for shape in shapes
+    )
+    params = SamplingParams(max_tokens=5, seed=0, temperature=0.0)
+    core.add(GenerateRequest(request_id="r", prompt_token_ids=[2, 3, 4], params=params))
+    tokens = []
+    while core.has_work():
+        tokens += [token for output in core.step().outputs for token in output.token_ids]
+    assert len(tokens) == 5
+
+
 def test_suppressed_ids_are_never_sampled(model_path: str) -> None:
     only = 7
     suppressed = tuple(token_id for token_id in range(40) if token_id != only)

@@ -41,8 +41,11 @@ def write_weights(directory: Path, seed: int) -> None:
     save_file(weights, directory / "model.safetensors")
 
 
-def load(model: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[WeightSource, dict[str, Any]]:
-    source = open_weights(model, native_backend(dtype), "cpu", use_cache=True)
+def load(
+    model: Path, dtype: torch.dtype = torch.bfloat16, quantization: str = "none"
+) -> tuple[WeightSource, dict[str, Any]]:
+    backend = native_backend(dtype, quantization=quantization)
+    source = open_weights(model, backend, "cpu", use_cache=True)
     return source, dict(source.load(lambda _: None))
 
 
@@ -51,7 +54,7 @@ def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
     for name, weight in first.items():
         other = second[name]
         if isinstance(weight, PackedMatrix):
-            assert (weight.outputs, weight.inputs) == (other.outputs, other.inputs)
+            assert (weight.type, weight.outputs, weight.inputs) == (other.type, other.outputs, other.inputs)
             weight, other = weight.data, other.data
         assert (weight == other).all(), name
 
@@ -73,7 +76,6 @@ def test_a_second_load_gives_the_same_weights_from_the_copy(
     monkeypatch.setattr("server.engine.models.loader.open_checkpoint", lambda _: pytest.fail("read again"))
     second, again = load(model)
     assert second.config == first.config
-    assert second.num_parameters == first.num_parameters
     assert_same(weights, again)
 
 
@@ -83,6 +85,9 @@ def test_another_number_format_has_a_copy_of_its_own(model: Path) -> None:
     load(model, torch.float32)
     assert cached(model, torch.bfloat16) is not None
     assert len(copies(model)) == 2
+    _, weights = load(model, torch.bfloat16, "int8")
+    assert len(copies(model)) == 3
+    assert_same(weights, load(model, torch.bfloat16, "int8")[1])
 
 
 def test_a_changed_checkpoint_is_converted_again_and_replaces_the_copy(model: Path) -> None:

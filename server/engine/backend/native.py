@@ -26,6 +26,7 @@ from server.engine.backend.memory import Bytes, huge_pages, zeros_on_demand
 from server.engine.backend.native_calls import (
     BF16,
     F32,
+    INT8,
     AttentionCall,
     EmbedCall,
     GegluCall,
@@ -60,6 +61,8 @@ class PackedMatrix:
     """[outputs, inputs] in the layout of csrc/calls.h."""
 
     data: Bytes
+    type: int
+    """Of csrc/calls.h."""
     outputs: int
     inputs: int
 
@@ -85,12 +88,12 @@ class NativeAttention:
 
 
 class NativeBackend:
-    """Implements `base.Backend` for bf16 and fp32 on a CPU."""
+    """Implements `base.Backend` for bf16 and fp32 on a CPU, with weights in the same or in 8 bits."""
 
     name = "native"
 
-    def __init__(self, dtype: DType, num_threads: int, level: str = "auto") -> None:
-        """level: one of LEVELS, or auto for the highest that the processor has.
+    def __init__(self, dtype: DType, num_threads: int, level: str = "auto", quantization: str = "none") -> None:
+        """level: one of LEVELS, or auto for the highest that the processor has. quantization: none or int8.
 
         Raises NativeUnavailableError where there is no library and none can be built, or none for this
         processor, dtype or level.
@@ -99,6 +102,7 @@ class NativeBackend:
             raise NativeUnavailableError(f"they compute in bfloat16 and float32, not in {dtype}")
         self.dtype = dtype
         self._type, self._element = _TYPES[dtype]
+        self._quantization = quantization
         self._library = load_library()
         declare(self._library)
         number = _level_number(level, self._library)
@@ -115,17 +119,25 @@ class NativeBackend:
     @property
     def weight_form(self) -> str:
         """Two back ends can use each other's prepared weights if this is the same."""
-        return f"{library_name()} {self.dtype}"
+        return f"{library_name()} {self.dtype} {self._quantization}"
 
     def prepare_linear(self, weight: Tensor) -> PackedMatrix:
         import torch
 
+        from server.engine.backend import int8
+
         weight = weight.to(getattr(torch, self.dtype)).contiguous()
+        if self._quantization == "int8":
+            quantized = int8.quantize(weight)
+            return self._pack(INT8, quantized.integers, quantized.scales.data_ptr())
+        return self._pack(self._type, weight, None)
+
+    def _pack(self, weight_type: int, weight: Tensor, scales: int | None) -> PackedMatrix:
         outputs, inputs = weight.shape
-        data = huge_pages(self._library.gemma_packed_size(self._type, outputs, inputs))
-        call = PackCall(self._type, weight.data_ptr(), data.ctypes.data, outputs, inputs)
+        data = huge_pages(self._library.gemma_packed_size(weight_type, outputs, inputs))
+        call = PackCall(weight_type, weight.data_ptr(), scales, data.ctypes.data, outputs, inputs)
         self._library.gemma_pack(self._engine, byref(call))
-        return PackedMatrix(data, outputs, inputs)
+        return PackedMatrix(data, weight_type, outputs, inputs)
 
     def prepare_embedding(self, weight: Tensor) -> PackedMatrix:
         return self.prepare_linear(weight)
@@ -188,7 +200,13 @@ class NativeBackend:
 
     def embed(self, table: PackedMatrix, scale: float, step: Recording) -> Register:
         out = step.register(table.inputs)
-        call = EmbedCall(type=self._type, packed=_address(table.data), inputs=table.inputs, scale=scale)
+        call = EmbedCall(
+            type=self._type,
+            weight_type=table.type,
+            packed=_address(table.data),
+            inputs=table.inputs,
+            scale=scale,
+        )
         step.append(call, out=out)
         return out
 
@@ -255,7 +273,11 @@ class NativeBackend:
 
     def _linear_call(self, weight: PackedMatrix) -> LinearCall:
         return LinearCall(
-            type=self._type, packed=_address(weight.data), outputs=weight.outputs, inputs=weight.inputs
+            type=self._type,
+            weight_type=weight.type,
+            packed=_address(weight.data),
+            outputs=weight.outputs,
+            inputs=weight.inputs,
         )
 
 

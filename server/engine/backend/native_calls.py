@@ -13,12 +13,14 @@ _Fields = list[tuple[str, type]]
 
 F32 = 0
 BF16 = 1
+INT8 = 2
 
 
 class PackCall(ctypes.Structure):
     _fields_: ClassVar[_Fields] = [
         ("type", c_int32),
         ("source", c_void_p),
+        ("scales", c_void_p),
         ("packed", c_void_p),
         ("outputs", c_int64),
         ("inputs", c_int64),
@@ -28,6 +30,7 @@ class PackCall(ctypes.Structure):
 class EmbedCall(ctypes.Structure):
     _fields_: ClassVar[_Fields] = [
         ("type", c_int32),
+        ("weight_type", c_int32),
         ("packed", c_void_p),
         ("inputs", c_int64),
         ("ids", c_void_p),
@@ -40,6 +43,7 @@ class EmbedCall(ctypes.Structure):
 class LinearCall(ctypes.Structure):
     _fields_: ClassVar[_Fields] = [
         ("type", c_int32),
+        ("weight_type", c_int32),
         ("x", c_void_p),
         ("rows", c_int64),
         ("packed", c_void_p),

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from server.engine.backend import int8
+from server.engine.backend.int8 import QuantizedMatrix
 from server.engine.backend.memory import zeros_on_demand
 from server.engine.backend.reference_attention import AttentionPlan, KVCache, paged_attention, plan_attention
 from server.engine.backend.scratch import Scratch
@@ -22,6 +24,8 @@ from server.engine.dtype import DType
 from server.engine.inputs import ModelInputs
 from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
 from server.engine.sampling.sampler import Sampler
+
+Matrix = Tensor | QuantizedMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +74,25 @@ class ReferenceStep:
 
 
 class ReferenceBackend:
-    """Implements `base.Backend` with tensors as weights: matrices as they come, norms as 1 + weight in fp32."""
+    """Implements `base.Backend` with matrices as they come or in 8 bits, and norms as 1 + weight in fp32."""
 
     name = "reference"
 
-    def __init__(self, device: torch.device, dtype: DType) -> None:
+    def __init__(self, device: torch.device, dtype: DType, quantization: str = "none") -> None:
+        """quantization: none or int8."""
         self.dtype = dtype
+        self._quantized = quantization == "int8"
         self._device = device
         self._torch_dtype: torch.dtype = getattr(torch, dtype)
         self._scratch = Scratch(device)
         self._matmul = UpcastMatmul() if UpcastMatmul.is_needed(device, self._torch_dtype) else F.linear
 
-    def prepare_linear(self, weight: Tensor) -> Tensor:
-        return weight.to(self._device, self._torch_dtype)
+    def prepare_linear(self, weight: Tensor) -> Matrix:
+        weight = weight.to(self._device, self._torch_dtype)
+        return int8.quantize(weight) if self._quantized else weight
 
-    def prepare_embedding(self, weight: Tensor) -> Tensor:
-        return weight.to(self._device, self._torch_dtype)
+    def prepare_embedding(self, weight: Tensor) -> Matrix:
+        return self.prepare_linear(weight)
 
     def prepare_norm(self, weight: Tensor) -> Tensor:
         return 1.0 + weight.to(self._device, torch.float32)
@@ -125,11 +132,13 @@ class ReferenceBackend:
     def sampler(self, vocab_size: int, suppress_token_ids: tuple[int, ...]) -> Sampler:
         return Sampler(vocab_size, suppress_token_ids, self._device)
 
-    def embed(self, table: Tensor, scale: float, step: ReferenceStep) -> Tensor:
+    def embed(self, table: Matrix, scale: float, step: ReferenceStep) -> Tensor:
+        if isinstance(table, QuantizedMatrix):
+            return (int8.rows(table, step.token_ids) * scale).to(self._torch_dtype)
         return F.embedding(step.token_ids, table) * scale
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._matmul(x, weight)
+    def linear(self, x: Tensor, weight: Matrix) -> Tensor:
+        return int8.multiply(x, weight) if isinstance(weight, QuantizedMatrix) else self._matmul(x, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         # Multiply, then cast, unlike Llama's (huggingface/transformers pull request 29402).
@@ -160,7 +169,7 @@ class ReferenceBackend:
         return F.gelu(gate, approximate="tanh").mul_(up)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor, table: Tensor, softcap: float | None) -> Tensor:
+    def logits(self, hidden: Tensor, table: Matrix, softcap: float | None) -> Tensor:
         logits = self.linear(hidden, table).float()
         return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 

@@ -26,9 +26,15 @@ void gemma_destroy(void* engine) { delete static_cast<Engine*>(engine); }
 
 // Bytes of a packed matrix.
 int64_t gemma_packed_size(int32_t type, int64_t outputs, int64_t inputs) {
-    const bool bf16 = gemma::Type(type) == gemma::Type::bf16;
     const int64_t panels = (outputs + gemma::kPanel - 1) / gemma::kPanel;
-    return panels * gemma::kPanel * (bf16 ? (inputs + 1) / 2 * 2 * 2 : inputs * 4);
+    const auto bytes_of_output = [&] {
+        switch (gemma::Type(type)) {
+            case gemma::Type::bf16: return (inputs + 1) / 2 * 4;
+            case gemma::Type::int8: return (inputs + 3) / 4 * 4 + int64_t(sizeof(float));
+            default: return inputs * 4;
+        }
+    };
+    return panels * gemma::kPanel * bytes_of_output();
 }
 
 void gemma_pack(void* engine, const gemma::PackCall* call) {

@@ -4,7 +4,7 @@
 // - Activations stay bf16: the instructions read both factors as they are stored.
 // - For any number of rows the inputs are summed in the same blocks, and a block by the same instructions.
 // - The instructions take denormals for zeros, of which bf16 weights and activations of this size have none.
-// - Layers in another type are computed as at the AVX-512 level.
+// - Weights of another type are multiplied as at the AVX-512 level.
 #pragma once
 
 #include "linear.h"
@@ -35,7 +35,7 @@ struct Bf16Product {
 };
 
 inline void convert_bf16(Team& team, const LinearCall& call) {
-    if (call.type != Type::bf16) return avx512::kernels.convert(team, call);
+    if (call.weight_type != Type::bf16) return avx512::kernels.convert(team, call);
     const int64_t inputs = call.inputs, stride = bf16_stride(inputs);
     for (int64_t begin, end; team.next(call.rows, 4, begin, end);) {
         for (int64_t row = begin; row < end; ++row) {
@@ -51,9 +51,9 @@ inline void convert_bf16(Team& team, const LinearCall& call) {
 // in turn.
 template <class Multiplier>
 void multiply_bf16(Team& team, const LinearCall& call) {
-    if (call.type != Type::bf16) return avx512::kernels.multiply(team, call);
+    if (call.weight_type != Type::bf16) return avx512::kernels.multiply(team, call);
     const int64_t inputs = padded_inputs<bf16>(call.inputs), stride = bf16_stride(call.inputs);
-    const int64_t panel_size = inputs * kPanel;
+    const int64_t size = panel_size<bf16>(call.inputs);
     const int64_t num_panels = (call.outputs + kPanel - 1) / kPanel;
     // Equal blocks of rows that fit the second-level cache, all but the last a whole number of the multiplier's.
     constexpr int64_t most_rows = 192;
@@ -74,7 +74,7 @@ void multiply_bf16(Team& team, const LinearCall& call) {
         const int64_t rows = call.rows - first_row < row_block ? call.rows - first_row : row_block;
         const int64_t panels = num_panels - first_panel < grain ? num_panels - first_panel : grain;
         const bf16* x = reinterpret_cast<const bf16*>(call.x32) + first_row * stride;
-        const bf16* weights = static_cast<const bf16*>(call.packed) + first_panel * panel_size;
+        const bf16* weights = static_cast<const bf16*>(call.packed) + first_panel * size;
         // Weights that are read once are read in the order in which they lie.
         const int64_t together = rows <= Multiplier::kRows ? Multiplier::kPanels : panels;
         for (int64_t panel = 0; panel < panels; panel += together) {
@@ -83,8 +83,8 @@ void multiply_bf16(Team& team, const LinearCall& call) {
                     .x = x + k,
                     .x_stride = stride,
                     .rows = rows,
-                    .weights = weights + panel * panel_size + k * kPanel,
-                    .panel_stride = panel_size,
+                    .weights = weights + panel * size + k * kPanel,
+                    .panel_stride = size,
                     .panels = panels - panel < together ? panels - panel : together,
                     .inputs = inputs - k < kInputBlock ? inputs - k : kInputBlock,
                     .sums = sums + panel * rows * kPanel,
@@ -92,7 +92,7 @@ void multiply_bf16(Team& team, const LinearCall& call) {
                 });
             }
         }
-        finish_panels<bf16>(call, sums, first_row, rows, first_panel, panels);
+        finish_panels<bf16, bf16>(call, sums, first_row, rows, first_panel, panels);
     }
 }
 

@@ -20,17 +20,19 @@ struct bf16 {
     uint16_t bits;
 };
 
-enum class Type : int32_t { f32 = 0, bf16 = 1 };
+enum class Type : int32_t { f32 = 0, bf16 = 1, int8 = 2 };  // int8: of weights only
 
 // A weight matrix [outputs, inputs] is packed into panels of 16 outputs. A panel holds, input after input, the 16
-// outputs' weights; in bf16 two inputs are interleaved, so that each 32-bit lane has inputs (2i, 2i + 1) of one
-// output. That is what AVX-512's vdpbf16ps and AMX's tdpbf16ps read, and one shift and one mask split it for AVX2.
-// Missing outputs and a missing last input are zero.
+// outputs' weights; in bf16 and int8 two inputs are interleaved, so that each lane has inputs (2i, 2i + 1) of one
+// output. That is what AVX-512's vdpbf16ps and AMX's tdpbf16ps read, and one shift and one mask split it for AVX2;
+// and int8, widened to 16 bits, is what vpmaddwd reads. A panel of int8 begins with its outputs' 16 scales in fp32:
+// a weight is its integer times its output's scale. Missing outputs and missing last inputs are zero.
 constexpr int kPanel = 16;
 
 struct PackCall {
     Type type;
-    const void* source;  // [outputs, inputs]
+    const void* source;   // [outputs, inputs]
+    const float* scales;  // [outputs]; of int8 alone
     void* packed;
     int64_t outputs, inputs;
 };
@@ -40,7 +42,7 @@ struct PackCall {
 constexpr int64_t linear_stride(int64_t inputs) { return (inputs + 15) / 16 * 16 + 16; }
 
 struct EmbedCall {
-    Type type;
+    Type type, weight_type;
     const void* packed;
     int64_t inputs;
     const int64_t* ids;  // step: [rows]
@@ -50,7 +52,7 @@ struct EmbedCall {
 };
 
 struct LinearCall {
-    Type type;
+    Type type, weight_type;
     const void* x;  // [rows, inputs]
     int64_t rows;   // step
     const void* packed;
@@ -58,7 +60,9 @@ struct LinearCall {
     void* out;       // [rows, outputs] in `type`, or in fp32 if logits
     int32_t logits;  // rounded as `type` is, then soft-capped and stored in fp32
     float softcap;   // 0: none
-    float* x32;      // scratch [rows, linear_stride(inputs)]: x in fp32, zeros behind it
+    // Scratch [rows, linear_stride(inputs)], zeros behind each row: x in fp32, or for int8 weights as 16-bit integers
+    // from the row's beginning on, whose scale is the row's last float.
+    float* x32;
 };
 
 struct NormCall {

@@ -1,9 +1,11 @@
-// The innermost loop of everything that multiplies: R rows of fp32 times P panels of packed weights.
+// The innermost loop of everything that multiplies: R rows times P panels of packed weights.
 //
-// Each element of the result is one chain of fused multiply-adds over a product's inputs in ascending order, whatever
-// R and P are. That is why a row's result does not depend on the rows beside it.
+// Rows are fp32, and each element of the result is one chain of fused multiply-adds over a product's inputs in
+// ascending order, whatever R and P are. For int8 weights they are 16-bit integers, and the sums are exact. That is
+// why a row's result does not depend on the rows beside it.
 #pragma once
 
+#include "int_vec.h"
 #include "vec.h"
 
 namespace gemma::GEMMA_LEVEL {
@@ -18,6 +20,18 @@ constexpr int panels_at_once(int rows) {
     return rows == 1 ? 4 : rows == 2 ? 2 : 1;
 }
 
+// What weights of type W are multiplied by, and what the products are summed in.
+template <class W>
+struct Operand {
+    using Input = float;
+    using Sum = Vec;
+};
+template <>
+struct Operand<int8_t> {
+    using Input = int16_t;
+    using Sum = IntVec;
+};
+
 // Inputs of a packed panel, with padding.
 template <class W>
 constexpr int64_t padded_inputs(int64_t inputs);
@@ -28,6 +42,10 @@ constexpr int64_t padded_inputs<float>(int64_t inputs) {
 template <>
 constexpr int64_t padded_inputs<bf16>(int64_t inputs) {
     return round_up<int64_t>(inputs, 2);
+}
+template <>
+constexpr int64_t padded_inputs<int8_t>(int64_t inputs) {
+    return round_up<int64_t>(inputs, 4);
 }
 
 // Where element (output lane, input) lies in a panel.
@@ -41,15 +59,19 @@ template <>
 constexpr int64_t panel_index<bf16>(int64_t lane, int64_t input) {
     return (input / 2) * 2 * kPanel + 2 * lane + input % 2;
 }
+template <>
+constexpr int64_t panel_index<int8_t>(int64_t lane, int64_t input) {
+    return panel_index<bf16>(lane, input);
+}
 
 template <class W>
 struct Product {
-    const float* x;  // [rows, inputs of all segments]
+    const typename Operand<W>::Input* x;  // [rows, inputs of all segments]
     int64_t x_stride;
     // The inputs come in segments, each with panels of its own: one for a weight matrix, one for 16 cached values.
     const W* const* segments;
     int num_segments;
-    int64_t inputs;        // of one segment; even for bf16
+    int64_t inputs;        // of one segment, padded
     int64_t panel_stride;  // elements from one panel of a segment to the next
     float* sums;
     int64_t sums_stride;        // from one row to the next
@@ -60,9 +82,9 @@ struct Product {
 // Bytes ahead of the weights that are multiplied by now. Where a panel ends, the next one begins.
 constexpr int kPrefetch = 1024;
 
-template <int R, int P>
+template <class Sum, int R, int P>
 struct Sums {
-    Vec v[R][P][kVecs];
+    Sum v[R][P][kVecs];
 };
 
 // Hides from the compiler that two loads read the same, so that it loads again instead of running out of registers.
@@ -75,7 +97,7 @@ template <class T>
 // Adds the product of one input, of which w holds one panel's weights.
 template <int R, int P>
 [[gnu::always_inline]] inline void multiply_add(
-    Sums<R, P>& sums, int panel, const float* x, int64_t x_stride, const Vec (&w)[kVecs]
+    Sums<Vec, R, P>& sums, int panel, const float* x, int64_t x_stride, const Vec (&w)[kVecs]
 ) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -87,7 +109,7 @@ template <int R, int P>
 
 template <int R, int P>
 [[gnu::always_inline]] inline void multiply_segment(
-    Sums<R, P>& sums, const float* x, int64_t x_stride, const bf16* w, int64_t inputs, int64_t panel_stride
+    Sums<Vec, R, P>& sums, const float* x, int64_t x_stride, const bf16* w, int64_t inputs, int64_t panel_stride
 ) {
     for (int64_t k = 0; k < inputs; k += 2, x += 2, w += 2 * kPanel) {
         Vec part[kVecs];
@@ -110,7 +132,7 @@ template <int R, int P>
 
 template <int R, int P>
 [[gnu::always_inline]] inline void multiply_segment(
-    Sums<R, P>& sums, const float* x, int64_t x_stride, const float* w, int64_t inputs, int64_t panel_stride
+    Sums<Vec, R, P>& sums, const float* x, int64_t x_stride, const float* w, int64_t inputs, int64_t panel_stride
 ) {
     for (int64_t k = 0; k < inputs; ++k, ++x, w += kPanel) {
 #pragma GCC unroll 8
@@ -123,15 +145,43 @@ template <int R, int P>
     }
 }
 
+// A step takes 4 inputs, 64 bytes of a panel: one prefetch.
+template <int R, int P>
+[[gnu::always_inline]] inline void multiply_segment(
+    Sums<IntVec, R, P>& sums, const int16_t* x, int64_t x_stride, const int8_t* w, int64_t inputs, int64_t panel_stride
+) {
+    for (int64_t k = 0; k < inputs; k += 4, x += 4, w += 4 * kPanel) {
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+            _mm_prefetch(reinterpret_cast<const char*>(w + p * panel_stride) + kPrefetch, _MM_HINT_T0);
+#pragma GCC unroll 2
+            for (int pair = 0; pair < 2; ++pair) {
+                IntVec part[kVecs];
+#pragma GCC unroll 2
+                for (int i = 0; i < kVecs; ++i)
+                    part[i] = load_widened(w + p * panel_stride + (pair * kVecs + i) * 2 * IntVec::width);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    const IntVec factor = splat_pair(x + r * x_stride + 2 * pair);
+#pragma GCC unroll 2
+                    for (int i = 0; i < kVecs; ++i)
+                        sums.v[r][p][i] = add_pair_products(sums.v[r][p][i], factor, part[i]);
+                }
+            }
+        }
+    }
+}
+
 template <class W, int R, int P>
-void multiply(const Product<W>& product, const float* x, int64_t panel, float* out) {
-    Sums<R, P> sums;
+void multiply(const Product<W>& product, const typename Operand<W>::Input* x, int64_t panel, float* out) {
+    using Sum = typename Operand<W>::Sum;
+    Sums<Sum, R, P> sums;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
-            for (int i = 0; i < kVecs; ++i) sums.v[r][p][i] = splat(0.0f);
+            for (int i = 0; i < kVecs; ++i) sums.v[r][p][i] = Sum{};
     for (int s = 0; s < product.num_segments; ++s) {
         const W* w = product.segments[s] + panel * product.panel_stride;
         multiply_segment<R, P>(sums, x, product.x_stride, w, product.inputs, product.panel_stride);
@@ -144,12 +194,13 @@ void multiply(const Product<W>& product, const float* x, int64_t panel, float* o
 #pragma GCC unroll 2
             for (int i = 0; i < kVecs; ++i) {
                 float* to = out + r * product.sums_stride + p * product.sums_panel_stride + i * Vec::width;
-                store(to, product.add ? load(to) + sums.v[r][p][i] : sums.v[r][p][i]);
+                const Vec sum = to_floats(sums.v[r][p][i]);
+                store(to, product.add ? load(to) + sum : sum);
             }
 }
 
 template <class W>
-using Multiply = void (*)(const Product<W>&, const float* x, int64_t panel, float* out);
+using Multiply = void (*)(const Product<W>&, const typename Operand<W>::Input* x, int64_t panel, float* out);
 
 // For R rows: one panel, or panels_at_once(R) of them.
 template <class W>
@@ -182,7 +233,7 @@ inline void multiply_all(const Product<W>& product, int64_t rows, int64_t num_pa
             // A smaller block may have room for more panels at once than its larger neighbours; it keeps their pace.
             const bool same = panels_at_once(int(count)) == step;
             const Multiply<W> function = whole && same ? Multipliers<W>::many[count] : Multipliers<W>::one[count];
-            const float* x = product.x + row * product.x_stride;
+            const auto* x = product.x + row * product.x_stride;
             float* out = product.sums + row * product.sums_stride;
             for (int64_t p = panel; p < panel + (whole ? step : 1); p += whole && same ? step : 1)
                 function(product, x, p, out + p * product.sums_panel_stride);

@@ -39,7 +39,7 @@ class Checkpoint:
 
     config: GemmaConfig
     num_parameters: int
-    """Elements of all tensors: progress is counted in them, and their size in memory follows from it."""
+    """Elements of all tensors: progress is counted in them."""
     tensors: Callable[[DType, str], Iterator[tuple[str, Tensor]]]
     """tensors(dtype, device): (name, tensor) for each of `expected_weights(config)`, in the file's order.
 

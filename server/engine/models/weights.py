@@ -30,7 +30,6 @@ class WeightSource:
     """Weights that were found, but may not have been read."""
 
     config: GemmaConfig
-    num_parameters: int
     load: Callable[[ReportFraction], PreparedWeights]
     """Can be called once. Raises ValueError (LoadError, GGUFError, ConfigError) and OSError."""
 
@@ -45,7 +44,7 @@ def open_weights(path: Path, backend: AnyBackend, device: str, use_cache: bool) 
         cache = WeightCache(cache_directory(), path, backend.weight_form)
         cached = cache.read()
         if cached is not None:
-            return WeightSource(cached.config, cached.num_parameters, lambda _: cached.weights)
+            return WeightSource(cached.config, lambda _: cached.weights)
 
     from server.engine.models.loader import open_checkpoint
 
@@ -55,10 +54,10 @@ def open_weights(path: Path, backend: AnyBackend, device: str, use_cache: bool) 
         tensors = _reporting(checkpoint, backend, device, report)
         weights = prepare_weights(checkpoint.config, backend, tensors)
         if cache is not None:
-            cache.write(checkpoint.config, checkpoint.num_parameters, weights)
+            cache.write(checkpoint.config, weights)
         return weights
 
-    return WeightSource(checkpoint.config, checkpoint.num_parameters, load)
+    return WeightSource(checkpoint.config, load)
 
 
 def _reporting(
