@@ -17,6 +17,9 @@
 #include <cstring>
 
 #define __AVX512F__ 1
+#if defined(GEMMA_EMULATED_VNNI)
+#define __AVX512VNNI__ 1
+#endif
 
 // Macros in some compilers, or without optimisation.
 #undef _mm512_cmp_ps_mask
@@ -113,6 +116,10 @@ inline __m512i _mm512_cvtepi8_epi16(__m256i a) {
 }
 inline __m512i _mm512_cvtepi8_epi32(__m128i a) {
     return {_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8))};
+}
+// AVX512_VNNI: what madd gives, added. Neither saturates.
+inline __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
 }
 // The lower 16 bits of each lane.
 inline __m256i _mm512_cvtepi32_epi16(__m512i a) {

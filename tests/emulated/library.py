@@ -36,5 +36,7 @@ def _emulated_units() -> dict[Path, tuple[str, ...]]:
     for source, flags in translation_units().items():
         stand_in = EMULATED / source.name
         emulated = stand_in.exists() or (source.stem.startswith("level_") and source.stem != "level_avx2")
-        units[stand_in if stand_in.exists() else source] = _FLAGS if emulated else flags
+        # The kernels know by a macro whether there is AVX512_VNNI.
+        vnni = ("-DGEMMA_EMULATED_VNNI",) if "-mavx512vnni" in flags else ()
+        units[stand_in if stand_in.exists() else source] = (*_FLAGS, *vnni) if emulated else flags
     return units

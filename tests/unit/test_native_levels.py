@@ -25,7 +25,7 @@ from tests.unit.native_backends import native_backend, processor_level
 _FLAGS_OF = {
     "avx2": {"avx2", "fma"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    "avx512_bf16": {"avx512_bf16"},
+    "avx512_bf16": {"avx512_bf16", "avx512_vnni"},
     "amx": {"amx_tile", "amx_bf16"},
 }
 

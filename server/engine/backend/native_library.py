@@ -42,8 +42,8 @@ _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 _FLAGS_OF = {
     "level_avx2": ("-mavx2", "-mfma"),
     "level_avx512": _AVX512,
-    "level_avx512_bf16": (*_AVX512, "-mavx512bf16"),
-    "level_amx": (*_AVX512, "-mamx-tile", "-mamx-bf16"),
+    "level_avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+    "level_amx": (*_AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
 }
 # Compilers and assemblers from before 2021 do not know these; what they build has the other levels.
 _DISPENSABLE = ("level_avx512_bf16", "level_amx")

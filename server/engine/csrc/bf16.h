@@ -4,7 +4,8 @@
 // - Activations stay bf16: the instructions read both factors as they are stored.
 // - For any number of rows the inputs are summed in the same blocks, and a block by the same instructions.
 // - The instructions take denormals for zeros, of which bf16 weights and activations of this size have none.
-// - Weights of another type are multiplied as at the AVX-512 level.
+// - fp32 weights are multiplied as at the AVX-512 level, and int8 weights by the same code with AVX512_VNNI, which all
+//   processors of these levels have: sums of integers are exact.
 #pragma once
 
 #include "linear.h"
@@ -51,7 +52,10 @@ inline void convert_bf16(Team& team, const LinearCall& call) {
 // in turn.
 template <class Multiplier>
 void multiply_bf16(Team& team, const LinearCall& call) {
-    if (call.weight_type != Type::bf16) return avx512::kernels.multiply(team, call);
+    if (call.weight_type == Type::f32) return avx512::kernels.multiply(team, call);
+    if (call.weight_type == Type::int8)
+        return call.type == Type::bf16 ? multiply_rows<int8_t, bf16>(team, call)
+                                       : multiply_rows<int8_t, float>(team, call);
     const int64_t inputs = padded_inputs<bf16>(call.inputs), stride = bf16_stride(call.inputs);
     const int64_t size = panel_size<bf16>(call.inputs);
     const int64_t num_panels = (call.outputs + kPanel - 1) / kPanel;

@@ -1,4 +1,4 @@
-// AMX with bf16: Sapphire Rapids and later. What differs from AVX-512 are the products in bf16.
+// AMX with bf16: Sapphire Rapids and later. What differs from AVX-512 are products.
 #define GEMMA_LEVEL amx
 #include "amx.h"
 

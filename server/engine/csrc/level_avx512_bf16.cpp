@@ -1,4 +1,4 @@
-// AVX512_BF16: Cooper Lake, Sapphire Rapids, Zen 4 and later. What differs from AVX-512 are the products in bf16.
+// AVX512_BF16 and AVX512_VNNI: Cooper Lake, Sapphire Rapids, Zen 4 and later. What differs from AVX-512 are products.
 #define GEMMA_LEVEL avx512_bf16
 #include "dot_bf16.h"
 

@@ -50,7 +50,7 @@ Level processor_level() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!avx512) return Level::avx2;
-    if (!has_bf16()) return Level::avx512;
+    if (!has_bf16() || !__builtin_cpu_supports("avx512vnni")) return Level::avx512;
     return has_tiles() && may_use_tiles() ? Level::amx : Level::avx512_bf16;
 }
 
