@@ -11,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from server.engine.sampling import draw, sampler
+from server.engine.sampling import draw
 from server.engine.sampling.blocks import BlockedLogits
 from server.engine.sampling.rng import uniform
-from server.engine.sampling.sampler import Sampler
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence
+from tests.unit.samplers import draw_with, every_sampler, look_at_few, make_sampler, torch_only
 from tests.unit.sampling_oracle import adjusted, sequence, survivors, token_at
+
+__all__ = ["every_sampler"]  # a fixture
 
 GEMMA3_VOCAB = 262_144
 KINDS = {
@@ -36,7 +38,7 @@ KINDS = {
 
 
 def sample(logits: torch.Tensor, seqs: list[Sequence], suppress: tuple[int, ...] = ()) -> list[SampledToken]:
-    return Sampler(logits.shape[1], suppress, "cpu").sample(logits.clone(), seqs)
+    return make_sampler(logits.shape[1], suppress).sample(logits.clone(), seqs)
 
 
 def tokens(logits: torch.Tensor, seqs: list[Sequence], suppress: tuple[int, ...] = ()) -> list[int]:
@@ -101,7 +103,7 @@ def test_a_draw_with_too_few_candidates_at_first_equals_the_definition(logits, p
     params = {name: value for name, value in params.items() if name in ("temperature", "top_p", "min_p")}
     seq = sequence(seed=seed, **params)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "_NUM_CANDIDATES", 4)
+        look_at_few(patch, 4)
         [token] = tokens(torch.tensor([logits], dtype=torch.float32), [seq])
     shifts = itertools.product((-1e-6, 0.0, 1e-6), repeat=2)
     assert token in {expected(logits, seq, u_shift, p_shift) for u_shift, p_shift in shifts}
@@ -199,6 +201,8 @@ def test_equal_largest_logits_give_the_lowest_id(params):
 
 
 def test_a_greedy_batch_is_neither_summed_nor_searched(monkeypatch):
+    torch_only()
+
     def refuse(*_: object) -> None:
         raise AssertionError("a greedy row was treated as a random one")
 
@@ -220,7 +224,7 @@ def test_penalties_and_bias_apply_to_greedy_rows():
 @pytest.mark.parametrize("u", [0.0, 2.0**-53, 0.5, draw.LARGEST_UNIFORM])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_without_probability_is_never_drawn(kind, u, monkeypatch):
-    monkeypatch.setattr(draw, "uniform", lambda seed, index: u)
+    draw_with(monkeypatch, u)
     logits = torch.full((1, 4096), -math.inf)
     logits[0, ::2] = -3000.0  # underflows to weight zero
     logits[0, [100, 1000, 3000]] = torch.tensor([1.0, 1.5, 0.5])
@@ -233,7 +237,7 @@ def test_suppressed_ids_and_rows_that_pad_the_vocabulary_are_never_chosen():
     logits = torch.zeros(200, 64)
     logits[:, [3, 60, 63]] = 9.0
     seqs = [sequence(seed=i, temperature=i % 3 / 2, logit_bias={3: 100.0}) for i in range(200)]
-    results = Sampler(60, (3, 70), "cpu").sample(logits, seqs)
+    results = make_sampler(60, (3, 70)).sample(logits, seqs)
     assert all(result.token_id < 60 and result.token_id != 3 for result in results)
     assert len({result.token_id for result in results}) > 20
 
@@ -269,6 +273,8 @@ def test_top_k_keeps_exactly_k_tokens_and_of_equal_ones_the_lowest_ids():
 
 @pytest.mark.parametrize("params", [{"top_k": 64}, {"top_k": 40, "top_p": 0.9}, {"top_p": 0.5}, {"min_p": 0.2}])
 def test_a_peaked_row_is_searched_once(params, monkeypatch):
+    torch_only()
+
     def refuse(*_: object) -> None:
         raise AssertionError("the first candidates were not enough")
 

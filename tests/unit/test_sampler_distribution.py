@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.sampling import sampler
-from server.engine.sampling.sampler import Sampler
+from tests.unit.samplers import every_sampler, look_at_few, make_sampler
 from tests.unit.sampling_oracle import probabilities, sequence
+
+__all__ = ["every_sampler"]  # a fixture
 
 NUM_DRAWS = 4000
 KINDS = {
@@ -44,7 +45,7 @@ def draw_many(logits: torch.Tensor, params: dict[str, float], one_stream: bool) 
         sequence(generated=(0,) * i, seed=99, **params) if one_stream else sequence(seed=i, **params)
         for i in range(NUM_DRAWS)
     ]
-    results = Sampler(len(logits), (), "cpu").sample(logits.repeat(NUM_DRAWS, 1), seqs)
+    results = make_sampler(len(logits)).sample(logits.repeat(NUM_DRAWS, 1), seqs)
     return np.bincount([result.token_id for result in results], minlength=len(logits))
 
 
@@ -60,7 +61,7 @@ def test_draws_follow_the_target_distribution(kind, one_stream):
 
 @pytest.mark.parametrize("kind", ["top_p", "min_p"])
 def test_draws_that_need_a_second_search_follow_the_target_distribution(kind, monkeypatch):
-    monkeypatch.setattr(sampler, "_NUM_CANDIDATES", 3)
+    look_at_few(monkeypatch, 3)
     logits = torch.randn(192, generator=torch.Generator().manual_seed(9)).bfloat16().float()
     counts = draw_many(logits, KINDS[kind], one_stream=False)
     target = probabilities(logits.numpy(), sequence(**KINDS[kind]).params)

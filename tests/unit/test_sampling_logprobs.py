@@ -5,9 +5,16 @@ import math
 import pytest
 import torch
 
-from server.engine.sampling.logprobs import FLOOR, gather_logprobs
-from server.engine.sampling.sampler import Sampler
+from server.engine.sampling.types import LOGPROB_FLOOR
+from server.engine.types import TokenLogprob
+from tests.unit.samplers import every_sampler, make_sampler
 from tests.unit.sampling_oracle import sequence
+
+__all__ = ["every_sampler"]  # a fixture
+
+
+def gather_logprobs(logits: torch.Tensor, chosen: list[int], num_top: list[int]) -> list[TokenLogprob]:
+    return make_sampler(logits.shape[1]).gather_logprobs(logits, chosen, num_top)
 
 
 def random_logits(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
@@ -49,8 +56,12 @@ def test_more_likeliest_than_tokens_lists_every_token():
 
 def test_minus_infinity_becomes_the_floor():
     [result] = gather_logprobs(torch.tensor([[0.0, -math.inf, 0.0]]), [1], [3])
-    assert result.logprob == FLOOR == -9999.0
-    assert result.top == [(0, pytest.approx(math.log(0.5))), (2, pytest.approx(math.log(0.5))), (1, FLOOR)]
+    assert result.logprob == LOGPROB_FLOOR == -9999.0
+    assert result.top == [
+        (0, pytest.approx(math.log(0.5))),
+        (2, pytest.approx(math.log(0.5))),
+        (1, LOGPROB_FLOOR),
+    ]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -58,7 +69,7 @@ def test_a_row_that_is_not_finite_still_gives_finite_numbers(bad):
     logits = random_logits(2, 100)
     logits[0, 3] = bad
     broken, sound = gather_logprobs(logits, [5, 5], [2, 2])
-    assert (broken.logprob, broken.top) == (FLOOR, [])
+    assert (broken.logprob, broken.top) == (LOGPROB_FLOOR, [])
     assert sound == gather_logprobs(logits[1:], [5], [2])[0]
 
 
@@ -77,21 +88,21 @@ def test_the_sampler_reports_the_models_own_logprobs_of_the_token_it_chose():
     seq = sequence(
         prompt=(3,), temperature=0.5, top_k=5, logit_bias={9: 100.0}, repetition_penalty=2.0, logprobs=2
     )
-    [result] = Sampler(200, (4,), "cpu").sample(logits.clone(), [seq])
+    [result] = make_sampler(200, (4,)).sample(logits.clone(), [seq])
     assert result.token_id == 9
     assert result.logprob == gather_logprobs(logits, [9], [2])[0]
 
 
 def test_only_sequences_that_ask_get_logprobs():
     seqs = [sequence(), sequence(logprobs=0), sequence(logprobs=3)]
-    results = Sampler(200, (), "cpu").sample(random_logits(3, 200), seqs)
+    results = make_sampler(200).sample(random_logits(3, 200), seqs)
     assert [None if r.logprob is None else len(r.logprob.top) for r in results] == [None, 0, 3]
 
 
 def test_the_likeliest_of_a_greedy_row_is_the_token_itself_even_in_a_tie():
     logits = torch.zeros(1, 4096)
     logits[0, [900, 70, 4000]] = 2.0
-    [result] = Sampler(4096, (), "cpu").sample(logits, [sequence(temperature=0.0, logprobs=1)])
+    [result] = make_sampler(4096).sample(logits, [sequence(temperature=0.0, logprobs=1)])
     assert result.token_id == 70
     assert result.logprob is not None
     assert result.logprob.top[0] == (70, result.logprob.logprob)

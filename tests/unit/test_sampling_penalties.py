@@ -5,9 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.sampling.penalties import adjust_logits
 from server.engine.sequence import Sequence
+from tests.unit.samplers import every_sampler, make_sampler
 from tests.unit.sampling_oracle import adjusted, sequence
+
+__all__ = ["every_sampler"]  # a fixture
 
 VOCAB = 12
 token = st.integers(0, VOCAB - 1)
@@ -26,7 +28,7 @@ sequences = st.builds(
 
 def after(logits: torch.Tensor, *seqs: Sequence) -> torch.Tensor:
     changed = logits.clone()
-    adjust_logits(changed, seqs)
+    make_sampler(logits.shape[1]).adjust(changed, seqs)
     return changed
 
 

@@ -1,4 +1,4 @@
-"""The structs of csrc/calls.h and program.h and the functions of csrc/api.cpp, for ctypes.
+"""The structs of csrc/calls.h, program.h and sampling_calls.h and the functions of csrc/api.cpp, for ctypes.
 
 Fields must match line by line.
 """
@@ -6,7 +6,7 @@ Fields must match line by line.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
 from typing import ClassVar
 
 _Fields = list[tuple[str, type]]
@@ -117,6 +117,71 @@ class AttentionCall(ctypes.Structure):
     ]
 
 
+class SampleRow(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        ("temperature", c_double),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("top_k", c_int64),
+        ("uniform", c_double),
+        ("num_top", c_int64),
+        ("bias_ids", c_void_p),
+        ("bias", c_void_p),
+        ("num_bias", c_int64),
+        ("banned_ids", c_void_p),
+        ("num_banned", c_int64),
+        ("seen_ids", c_void_p),
+        ("seen_counts", c_void_p),
+        ("num_seen", c_int64),
+        ("repetition_penalty", c_double),
+        ("presence_penalty", c_double),
+        ("frequency_penalty", c_double),
+        ("allowed", c_void_p),
+    ]
+
+
+class SampleResult(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        ("token", c_int64),
+        ("fault", c_int64),
+        ("logprob", c_double),
+        ("num_top", c_int64),
+    ]
+
+
+class SampleCall(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        ("logits", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("vocab_size", c_int64),
+        ("suppressed", c_void_p),
+        ("num_suppressed", c_int64),
+        ("params", POINTER(SampleRow)),
+        ("few", c_int64),
+        ("results", POINTER(SampleResult)),
+        ("top_width", c_int64),
+        ("top_ids", c_void_p),
+        ("top_logprobs", c_void_p),
+        ("kernels", c_void_p),
+    ]
+
+
+class LogprobsCall(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        ("logits", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("chosen", c_void_p),
+        ("num_top", c_void_p),
+        ("results", POINTER(SampleResult)),
+        ("top_width", c_int64),
+        ("top_ids", c_void_p),
+        ("top_logprobs", c_void_p),
+        ("kernels", c_void_p),
+    ]
+
+
 class Operation(ctypes.Structure):
     _fields_: ClassVar[_Fields] = [("kind", c_int32), ("call", c_void_p)]
 
@@ -183,3 +248,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.gemma_linear.restype = None
     library.gemma_run.argtypes = [c_void_p, POINTER(ProgramCall), POINTER(StepCall)]
     library.gemma_run.restype = None
+    library.gemma_sample.argtypes = [c_void_p, POINTER(SampleCall)]
+    library.gemma_sample.restype = None
+    library.gemma_logprobs.argtypes = [c_void_p, POINTER(LogprobsCall)]
+    library.gemma_logprobs.restype = None

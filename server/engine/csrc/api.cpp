@@ -52,5 +52,18 @@ void gemma_linear(void* engine, const gemma::LinearCall* call) {
     gemma::run_linear(*static_cast<Engine*>(engine), *call);
 }
 
+// A row of logits is one thread's.
+void gemma_sample(void* engine, gemma::SampleCall* call) {
+    Engine& self = *static_cast<Engine*>(engine);
+    call->kernels = &self.kernels.rows;
+    self.run<gemma::SampleCall>(gemma::sample, *call, call->rows > 1 ? call->rows * call->columns : 0);
+}
+
+void gemma_logprobs(void* engine, gemma::LogprobsCall* call) {
+    Engine& self = *static_cast<Engine*>(engine);
+    call->kernels = &self.kernels.rows;
+    self.run<gemma::LogprobsCall>(gemma::logprobs, *call, call->rows > 1 ? call->rows * call->columns : 0);
+}
+
 }  // extern "C"
 #pragma GCC visibility pop

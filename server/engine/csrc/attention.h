@@ -12,7 +12,6 @@
 
 namespace gemma::GEMMA_LEVEL {
 
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int kSpanPanels = kSpan / kPanel;
 
 // The softmax-weighted sum of some rows over some keys, not divided yet.

@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "sampling_calls.h"
+
 namespace gemma {
 
 class Team;
@@ -144,6 +146,7 @@ struct Kernels {
     void (*rotate)(Team&, const AttentionCall&);  // queries to q, keys and values into the cache
     void (*attend)(Team&, const AttentionCall&);  // the items
     void (*merge)(Team&, const AttentionCall&);   // the split ones
+    RowKernels rows;                              // the sampler's
 };
 
 }  // namespace gemma

@@ -4,10 +4,11 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "sampling.h"
 
 namespace gemma::GEMMA_LEVEL {
 
 extern const Kernels kernels;
-const Kernels kernels = {pack, embed, norm, geglu, convert, multiply, rotate, attend, merge};
+const Kernels kernels = {pack, embed, norm, geglu, convert, multiply, rotate, attend, merge, row_kernels};
 
 }  // namespace gemma::GEMMA_LEVEL

@@ -138,6 +138,8 @@ inline Vec load_second(const bf16* p) {
 
 // --- independent of the width --------------------------------------------------------------------------------
 
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
 template <class T>
 constexpr T round_up(T n, T multiple) {
     return (n + multiple - 1) / multiple * multiple;

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from server.engine.sampling.blocks import BlockedLogits
+from server.engine.sampling.types import LOGPROB_FLOOR
 from server.engine.types import TokenLogprob
-
-FLOOR = -9999.0
-"""Stands for minus infinity, which JSON lacks (vLLM's value)."""
 
 
 def gather_logprobs(logits: Tensor, chosen: Seq[int], num_top: Seq[int]) -> list[TokenLogprob]:
@@ -21,7 +19,7 @@ def gather_logprobs(logits: Tensor, chosen: Seq[int], num_top: Seq[int]) -> list
     likeliest.
 
     The likeliest come first, equal logits by id, so the first of them is the greedy choice. Every number is
-    finite; a row that has no finite maximum gets FLOOR for the chosen token and no likeliest ones.
+    finite; a row that has no finite maximum gets LOGPROB_FLOOR for the chosen token and no likeliest ones.
     """
     if not chosen:
         return []
@@ -60,4 +58,4 @@ def _likeliest(blocked: BlockedLogits, counts: dict[int, int]) -> dict[int, list
 
 
 def _floored(logprob: float) -> float:
-    return max(FLOOR, float(logprob))  # in this order, max takes FLOOR over NaN
+    return max(LOGPROB_FLOOR, float(logprob))  # in this order, max takes LOGPROB_FLOOR over NaN

@@ -31,12 +31,10 @@ from server.engine.sampling.draw import (
 )
 from server.engine.sampling.logprobs import gather_logprobs
 from server.engine.sampling.penalties import adjust_logits
-from server.engine.sampling.types import SampledToken
+from server.engine.sampling.types import NOT_FINITE, NOTHING_LEFT, SampledToken, is_greedy
 from server.engine.sequence import Sequence
 from server.engine.types import SamplingParams, TokenLogprob
 
-GREEDY_BELOW = 1e-5
-"""Temperatures below are greedy: logits divided by them would overflow (vLLM's _SAMPLING_EPS)."""
 _NUM_CANDIDATES = 256
 """Candidates for a row without top_k. A nucleus that holds more is found by `BlockedLogits.at_least`."""
 
@@ -84,7 +82,7 @@ class Sampler:
 
 
 def _is_random(seq: Sequence, largest: float) -> bool:
-    return math.isfinite(largest) and seq.params.temperature >= GREEDY_BELOW and seq.params.top_k != 1
+    return math.isfinite(largest) and not is_greedy(seq.params)
 
 
 def _draw(blocked: BlockedLogits, seqs: dict[int, Sequence]) -> dict[int, int]:
@@ -139,6 +137,4 @@ def _fault(largest: float) -> str | None:
     """Why a row with this largest logit cannot be sampled, if it cannot."""
     if math.isfinite(largest):
         return None
-    if largest == -math.inf:
-        return "no token is left to sample: every logit is minus infinity"
-    return "the model's logits are not finite"
+    return NOTHING_LEFT if largest == -math.inf else NOT_FINITE

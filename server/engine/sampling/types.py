@@ -1,10 +1,17 @@
-"""What the sampler hands to the scheduler. Free of torch, so that the scheduler may import it."""
+"""What the samplers share and hand to the scheduler. Free of torch, so that the scheduler may import it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from server.engine.types import TokenLogprob
+from server.engine.types import SamplingParams, TokenLogprob
+
+LOGPROB_FLOOR = -9999.0
+"""Stands for minus infinity, which JSON lacks (vLLM's value)."""
+NOT_FINITE = "the model's logits are not finite"
+NOTHING_LEFT = "no token is left to sample: every logit is minus infinity"
+_GREEDY_BELOW = 1e-5
+"""Temperatures below are greedy: logits divided by them would overflow (vLLM's _SAMPLING_EPS)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,3 +24,8 @@ class SampledToken:
     """Where the sequence asked for logprobs."""
     error: str | None = None
     """Why this row could not be sampled. Other rows of the batch are unaffected."""
+
+
+def is_greedy(params: SamplingParams) -> bool:
+    """Whether the likeliest token is taken, so that no random number is needed."""
+    return params.temperature < _GREEDY_BELOW or params.top_k == 1
