@@ -23,7 +23,10 @@
 
 // Macros in some compilers, or without optimisation.
 #undef _mm512_cmp_ps_mask
+#undef _mm512_extractf32x8_ps
+#undef _mm512_permute_ps
 #undef _mm512_roundscale_ps
+#undef _mm512_shuffle_f32x4
 #undef _mm512_slli_epi32
 #undef _mm512_srli_epi32
 #undef _tile_dpbf16ps
@@ -70,6 +73,35 @@ inline __m512i _mm512_loadu_si512(const void* p) {
     return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
 }
 
+inline void _mm512_storeu_si512(void* p, __m512i a) {
+    __m256i* halves = static_cast<__m256i*>(p);
+    _mm256_storeu_si256(halves, a.low);
+    _mm256_storeu_si256(halves + 1, a.high);
+}
+inline __m512 _mm512_setzero_ps() { return _mm512_set1_ps(0.0f); }
+inline __m512i _mm512_setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int i, int j, int k, int l, int m, int n, int o, int p) {
+    return {_mm256_setr_epi32(a, b, c, d, e, f, g, h), _mm256_setr_epi32(i, j, k, l, m, n, o, p)};
+}
+
+inline __m256 _mm512_castps512_ps256(__m512 a) { return a.low; }
+inline __m256 _mm512_extractf32x8_ps(__m512 a, int half) { return half & 1 ? a.high : a.low; }
+inline float _mm512_cvtss_f32(__m512 a) { return _mm256_cvtss_f32(a.low); }
+// Lanes within each group of four, by two bits of `order` for each.
+inline __m512 _mm512_permute_ps(__m512 a, int order) {
+    float lanes[16], chosen[16];
+    _mm512_storeu_ps(lanes, a);
+    for (int i = 0; i < 16; ++i) chosen[i] = lanes[i / 4 * 4 + (order >> i % 4 * 2 & 3)];
+    return _mm512_loadu_ps(chosen);
+}
+// Groups of four lanes: two of a, two of b, by two bits of `order` for each.
+inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int order) {
+    float from[2][16], chosen[16];
+    _mm512_storeu_ps(from[0], a);
+    _mm512_storeu_ps(from[1], b);
+    for (int i = 0; i < 16; ++i) chosen[i] = from[i / 8][(order >> i / 4 * 2 & 3) * 4 + i % 4];
+    return _mm512_loadu_ps(chosen);
+}
+
 inline __m512i _mm512_castps_si512(__m512 a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
 inline __m512 _mm512_castsi512_ps(__m512i a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
 
@@ -101,6 +133,7 @@ inline __m512 _mm512_roundscale_ps(__m512 a, int how) {
             _mm256_round_ps(a.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 inline __m512i _mm512_cvtps_epi32(__m512 a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
+inline __m512i _mm512_cvttps_epi32(__m512 a) { return {_mm256_cvttps_epi32(a.low), _mm256_cvttps_epi32(a.high)}; }
 inline __m512i _mm512_slli_epi32(__m512i a, unsigned n) {
     return {_mm256_slli_epi32(a.low, int(n)), _mm256_slli_epi32(a.high, int(n))};
 }
@@ -142,6 +175,8 @@ inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
         bool holds;
         switch (predicate) {
             case _CMP_LT_OQ: holds = x[i] < y[i]; break;
+            case _CMP_GE_OQ: holds = x[i] >= y[i]; break;
+            case _CMP_EQ_OQ: holds = x[i] == y[i]; break;
             case _CMP_UNORD_Q: holds = x[i] != x[i] || y[i] != y[i]; break;
             default: std::abort();
         }
@@ -159,6 +194,20 @@ inline __m512 _mm512_mask_blend_ps(__mmask16 mask, __m512 a, __m512 b) {
 }
 inline __m512i _mm512_mask_blend_epi32(__mmask16 mask, __m512i a, __m512i b) {
     return _mm512_castps_si512(_mm512_mask_blend_ps(mask, _mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
+}
+
+// Where the mask is set b, else a.
+inline __m512 _mm512_mask_mov_ps(__m512 a, __mmask16 mask, __m512 b) { return _mm512_mask_blend_ps(mask, a, b); }
+// The lanes whose bit is set, one after the other; zeros behind them.
+inline __m512i _mm512_maskz_compress_epi32(__mmask16 mask, __m512i a) {
+    uint32_t lanes[16], kept[16] = {};
+    _mm512_storeu_si512(lanes, a);
+    for (int i = 0, count = 0; i < 16; ++i)
+        if (mask >> i & 1) kept[count++] = lanes[i];
+    return _mm512_loadu_si512(kept);
+}
+inline __m512 _mm512_maskz_compress_ps(__mmask16 mask, __m512 a) {
+    return _mm512_castsi512_ps(_mm512_maskz_compress_epi32(mask, _mm512_castps_si512(a)));
 }
 
 // --- AVX512_BF16 ---------------------------------------------------------------------------------------------

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from functools import cache
 from typing import Protocol
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
-from server.engine.backend.native_calls import declare
-from server.engine.backend.native_library import NativeUnavailableError, load_library
 from server.engine.sampling import draw, native_sampler, sampler
-from server.engine.sampling.logprobs import gather_logprobs
 from server.engine.sampling.native_sampler import NativeSampler
 from server.engine.sampling.penalties import adjust_logits
 from server.engine.sampling.sampler import Sampler
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence
 from server.engine.types import TokenLogprob
+from tests.unit.native_backends import native_backend
 
-LEVELS = {"avx2": 1, "avx512": 2}
+LEVELS = ("avx2", "avx512")
+"""The higher ones compile the same passes as avx512."""
 
 
 class SamplerUnderTest(Protocol):
@@ -36,9 +34,6 @@ class SamplerUnderTest(Protocol):
 
 
 class _Torch(Sampler):
-    def gather_logprobs(self, logits: Tensor, chosen: Seq[int], num_top: Seq[int]) -> list[TokenLogprob]:
-        return gather_logprobs(logits, chosen, num_top)
-
     def adjust(self, logits: Tensor, seqs: Seq[Sequence]) -> None:
         adjust_logits(logits, seqs)
 
@@ -59,24 +54,11 @@ class _Native:
         self.native.sample(logits.numpy(), seqs)
 
 
-@cache
-def native_engine(level: str, num_threads: int) -> tuple[ctypes.CDLL, ctypes.c_void_p]:
-    """For NativeSampler. Skips where there is none."""
-    try:
-        library = load_library()
-    except NativeUnavailableError as error:
-        pytest.skip(f"no native kernels: {error}")
-    declare(library)
-    engine = library.gemma_create(LEVELS[level], num_threads)
-    if engine is None:
-        pytest.skip(f"the processor has no {level}")
-    return library, ctypes.c_void_p(engine)
-
-
 def native_sampler_of(
     level: str, num_threads: int, vocab_size: int, suppress: tuple[int, ...] = ()
 ) -> NativeSampler:
-    return NativeSampler(*native_engine(level, num_threads), vocab_size, suppress)
+    """Skips where there are no native kernels."""
+    return native_backend(torch.float32, level, num_threads).sampler(vocab_size, suppress)
 
 
 _current = "torch"
@@ -95,7 +77,7 @@ def every_sampler(request: pytest.FixtureRequest) -> Iterator[None]:
 def make_sampler(vocab_size: int, suppress: tuple[int, ...] = ()) -> SamplerUnderTest:
     if _current == "torch":
         return _Torch(vocab_size, suppress, "cpu")
-    return _Native(native_sampler_of("avx2", 2, vocab_size, suppress))
+    return _Native(native_sampler_of("auto", 2, vocab_size, suppress))
 
 
 def torch_only() -> None:

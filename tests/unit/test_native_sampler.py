@@ -24,7 +24,7 @@ from server.engine.sampling.rng import uniform
 from server.engine.sampling.token_counts import TokenCounts
 from server.engine.sampling.types import LOGPROB_FLOOR, NOT_FINITE, NOTHING_LEFT, SampledToken
 from server.engine.sequence import Sequence
-from tests.unit.samplers import LEVELS, allow, native_engine, native_sampler_of
+from tests.unit.samplers import LEVELS, allow, native_sampler_of
 from tests.unit.sampling_oracle import adjusted, sequence, survivors
 
 Rows = NDArray[np.float32]
@@ -35,8 +35,9 @@ in_its_own_time = settings(deadline=None)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def built_library() -> None:
-    native_engine("avx2", 1)
+def built_libraries() -> None:
+    for level in LEVELS:
+        native_sampler_of(level, 1, 1)
 
 
 SIZES = st.sampled_from([1, 7, 16, 63, 64, 65, 200, 640, 1000])
@@ -137,7 +138,7 @@ def test_results_are_bitwise_the_same_alone_with_any_threads_and_at_every_level(
     logits, seqs = batch
     padding = np.full((len(logits), columns), 50.0, dtype=np.float32)
     logits = np.concatenate((logits, padding), axis=1)  # of the vocabulary
-    first, *others = itertools.product(available_levels(), (1, 2, 3))
+    first, *others = itertools.product(LEVELS, (1, 2, 3))
     vocab_size = logits.shape[1] - columns
     together = native_sampler_of(*first, vocab_size).sample(logits.copy(), seqs)
     for level, num_threads in others:
@@ -148,17 +149,6 @@ def test_results_are_bitwise_the_same_alone_with_any_threads_and_at_every_level(
         for i, seq in enumerate(seqs)
     ]
     assert repr(alone) == repr(together)
-
-
-def available_levels() -> list[str]:
-    found = []
-    for level in LEVELS:
-        try:
-            native_sampler_of(level, 1, 1)
-        except pytest.skip.Exception:
-            continue
-        found.append(level)
-    return found or pytest.skip("no native kernels")
 
 
 @pytest.mark.parametrize("params", [{"top_p": 0.9999}, {"top_p": 0.95, "temperature": 2.0}, {"top_k": 5000}])

@@ -40,6 +40,7 @@ from server.engine.backend.native_program import Array, Recording, Register, Rop
 from server.engine.dtype import DType
 from server.engine.inputs import ModelInputs
 from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
+from server.engine.sampling.native_sampler import NativeSampler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,22 +176,8 @@ class NativeBackend:
 
         return run
 
-    def sampler(self, vocab_size: int, suppress_token_ids: tuple[int, ...]) -> Any:
-        import torch
-
-        from server.engine.sampling.sampler import Sampler
-
-        class Adapter:
-            def __init__(self) -> None:
-                self.s = Sampler(vocab_size, suppress_token_ids, "cpu")
-
-            def sample(self, logits: Any, seqs: Any) -> Any:
-                return self.s.sample(torch.from_numpy(logits), seqs)
-
-            def gather_logprobs(self, logits: Any, chosen: Any, num_top: Any) -> Any:
-                return self.s.gather_logprobs(torch.from_numpy(logits), chosen, num_top)
-
-        return Adapter()
+    def sampler(self, vocab_size: int, suppress_token_ids: tuple[int, ...]) -> NativeSampler:
+        return NativeSampler(self._library, self._engine, vocab_size, suppress_token_ids)
 
     def record(self) -> Recording:
         """An empty recording, whose registers the operations below take."""

@@ -1,1 +1,1 @@
-"""From logits to tokens. Importing the package imports nothing; `native_sampler` and `types` are free of torch."""
+"""From logits to tokens. Importing the package imports nothing; `native_sampler` and `types` need no torch."""
