@@ -24,7 +24,7 @@ DEV := $(VENV)/.dev
 
 .PHONY: help
 help:  ## List the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 .PHONY: serve
 serve: $(RUNTIME)  ## Serve the embedded Gemma 3 270M; options: make serve ARGS="--port 8123"
@@ -53,6 +53,10 @@ fix: $(DEV)  ## Format, and fix what the linter can fix
 .PHONY: bench
 bench: $(DEV)  ## Serve the embedded model and print the load generator's table; results in benchmarks/results/
 	@$(BIN)/python -m benchmarks.run $(ARGS)
+
+.PHONY: bench-peers
+bench-peers: $(DEV)  ## Measure vLLM, llama.cpp and this server in one run for docs/performance.md; ARGS="--help" lists its options
+	@$(BIN)/python -m benchmarks.peers.run $(ARGS)
 
 .PHONY: docs
 docs: $(DEV)  ## Write docs/options.md from the declaration of the options

@@ -73,7 +73,7 @@ def gemma_3_270m(folder: Path) -> Weights:
         tensors = checkpoint.tensors(DType.BFLOAT16, "cpu")
         write_directory(directory, checkpoint.config, tensors, read_metadata(source))
 
-    return _both_layouts(folder, "gemma-3-270m", read_metadata(source), write)
+    return in_both_layouts(folder, "gemma-3-270m", read_metadata(source), write)
 
 
 def gemma_1_2b_shape(folder: Path) -> Weights:
@@ -83,7 +83,7 @@ def gemma_1_2b_shape(folder: Path) -> Weights:
     def write(directory: Path) -> None:
         write_directory(directory, SHAPE_2B, random_weights(SHAPE_2B, seed=0), vocabulary)
 
-    return _both_layouts(folder, "gemma-1-2b-shape", vocabulary, write)
+    return in_both_layouts(folder, "gemma-1-2b-shape", vocabulary, write)
 
 
 def random_weights(config: GemmaConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -232,7 +232,7 @@ def _vocabulary(metadata: Metadata, size: int) -> Metadata:
     }
 
 
-def _both_layouts(folder: Path, name: str, vocabulary: Metadata, write: Callable[[Path], None]) -> Weights:
+def in_both_layouts(folder: Path, name: str, vocabulary: Metadata, write: Callable[[Path], None]) -> Weights:
     """Whatever is missing is written under another name first, so that what is there is complete."""
     weights = Weights(name, folder / name, folder / f"{name}-bf16.gguf")
     folder.mkdir(parents=True, exist_ok=True)

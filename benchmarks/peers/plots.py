@@ -126,7 +126,7 @@ def _grid(scale: _Scale, xs: Sequence[float], step: float) -> list[str]:
 
 
 def nice_step(highest: float) -> float:
-    """A distance between grid lines, 1, 2 or 5 times a power of ten, that gives 3 to 8 of them."""
+    """A distance between grid lines, 1, 2 or 5 times a power of ten, that gives 3 to 7 of them."""
     raw = highest / 6
     power = 10.0 ** math.floor(math.log10(raw)) if raw > 0 else 1.0
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -211,6 +212,8 @@ def main() -> int:
         print("nothing to run: no variant has what was asked for", file=sys.stderr)
         return 2
     complete = choices == everything
+    # As on Ctrl-C, an engine that is running is ended first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if arguments.install_only:
             engines = Engines(arguments.folder)
