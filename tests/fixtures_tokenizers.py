@@ -73,8 +73,8 @@ def make_tiny_tokenizer_json() -> bytes:
 
 
 def tiny_vocabulary() -> tuple[list[str], list[int], list[float]]:
-    """Pieces, types and scores. Ids: 0 to 5 control (turn tokens 4 and 5), 6 and 7 newlines, 8 to 263 bytes, then
-    ordinary pieces.
+    """Pieces, types and scores. Ids: 0 to 5 control (turn tokens 4 and 5), 6 and 7 newlines, 8 to 263 bytes,
+    then ordinary pieces.
     """
     control = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     plain = ["\n", "\n\n"]
