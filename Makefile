@@ -58,6 +58,10 @@ bench: $(DEV)  ## Serve the embedded model and print the load generator's table;
 bench-quality: $(DEV)  ## Perplexity and greedy agreement of each number format on the embedded model
 	@$(BIN)/python -m benchmarks.quality $(ARGS)
 
+.PHONY: bench-peers
+bench-peers: $(DEV)  ## Measure vLLM, llama.cpp and this server in one run for docs/performance.md; ARGS="--help" lists its options
+	@$(BIN)/python -m benchmarks.peers.run $(ARGS)
+
 .PHONY: docs
 docs: $(DEV)  ## Write docs/options.md from the declaration of the options
 	@$(BIN)/python -m tools.gen_options

@@ -16,20 +16,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
-from benchmarks.machine import describe_machine, describe_server
-from benchmarks.stats import Report, RequestRecord, Summary, split_tokens
+from benchmarks.machine import describe_server
+from benchmarks.output import format_table, write_results
+from benchmarks.stats import Report, RequestRecord, split_tokens
 from benchmarks.words import make_prompts, single_token_words
+
+Body = dict[str, Any]
+"""A request's JSON."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +60,12 @@ class LoadSettings:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    fields: tuple[Mapping[str, Any], ...] = ({},)
+    """More fields of a request's body: request i has the (i modulo length)-th, so that a batch can mix them."""
     timeout: float = 600.0
     """Seconds that one read may take."""
+    budget: float | None = None
+    """Seconds after which a closed loop starts no more requests, but for the first of each under way."""
     extensions: bool = True
     """Send vLLM's `ignore_eos` and `continuous_usage_stats`, which OpenAI's own service refuses."""
 
@@ -80,15 +89,17 @@ async def run_load(settings: LoadSettings, api_key: str | None = None) -> Report
         total = settings.warmup + settings.requests
         prompts = make_prompts(words, total, settings.prompt_tokens, settings.seed, settings.shared_prefix)
 
-        async def send(prompt: str) -> RequestRecord:
-            return await send_request(client, settings, prompt)
+        bodies = [request_body(settings, prompt, number) for number, prompt in enumerate(prompts)]
 
-        for prompt in prompts[: settings.warmup]:
-            await send(prompt)
-        measured = prompts[settings.warmup :]
+        async def send(body: Body) -> RequestRecord:
+            return await send_request(client, settings.api, body, StreamRecorder())
+
+        for body in bodies[: settings.warmup]:
+            await send(body)
+        measured = bodies[settings.warmup :]
         started = time.perf_counter()
         if settings.concurrency is not None:
-            records = await closed_loop(send, measured, settings.concurrency)
+            records = await closed_loop(send, measured, settings.concurrency, settings.budget)
         else:
             assert settings.rate is not None  # __post_init__
             records = await open_loop(
@@ -97,29 +108,43 @@ async def run_load(settings: LoadSettings, api_key: str | None = None) -> Report
         return Report.of(records, time.perf_counter() - started, asdict(settings))
 
 
+_T = TypeVar("_T")
+
+
 async def closed_loop(
-    send: Callable[[str], Awaitable[RequestRecord]], prompts: Sequence[str], concurrency: int
+    send: Callable[[_T], Awaitable[RequestRecord]],
+    requests: Sequence[_T],
+    concurrency: int,
+    budget: float | None = None,
 ) -> list[RequestRecord]:
-    waiting = iter(prompts)
+    """Keep `concurrency` requests under way until all are answered, or `budget` seconds have passed.
+
+    The first request of each is sent whatever the time.
+    """
+    waiting = iter(requests)
     records: list[RequestRecord] = []
+    deadline = time.perf_counter() + (math.inf if budget is None else budget)
 
     async def worker() -> None:
-        records.extend([await send(prompt) for prompt in waiting])
+        for request in waiting:
+            records.append(await send(request))
+            if time.perf_counter() > deadline:
+                return
 
     await asyncio.gather(*(worker() for _ in range(concurrency)))
     return records
 
 
 async def open_loop(
-    send: Callable[[str], Awaitable[RequestRecord]], prompts: Sequence[str], arrivals: Sequence[float]
+    send: Callable[[_T], Awaitable[RequestRecord]], requests: Sequence[_T], arrivals: Sequence[float]
 ) -> list[RequestRecord]:
     started = time.perf_counter()
 
-    async def at(moment: float, prompt: str) -> RequestRecord:
+    async def at(moment: float, request: _T) -> RequestRecord:
         await asyncio.sleep(max(0.0, started + moment - time.perf_counter()))
-        return await send(prompt)
+        return await send(request)
 
-    return await asyncio.gather(*(at(*pair) for pair in zip(arrivals, prompts, strict=True)))
+    return await asyncio.gather(*(at(*pair) for pair in zip(arrivals, requests, strict=True)))
 
 
 def arrival_times(rate: float, count: int, seed: int) -> list[float]:
@@ -133,8 +158,9 @@ def arrival_times(rate: float, count: int, seed: int) -> list[float]:
     return moments
 
 
-async def send_request(client: httpx.AsyncClient, settings: LoadSettings, prompt: str) -> RequestRecord:
-    body: dict[str, Any] = {
+def request_body(settings: LoadSettings, prompt: str, number: int) -> Body:
+    """What is sent for the `number`-th prompt."""
+    body: Body = {
         "model": settings.model,
         "max_tokens": settings.output_tokens,
         "temperature": settings.temperature,
@@ -146,12 +172,17 @@ async def send_request(client: httpx.AsyncClient, settings: LoadSettings, prompt
         body["ignore_eos"] = True
         body["stream_options"]["continuous_usage_stats"] = True
     if settings.api == "chat":
-        path = "/v1/chat/completions"
         body["messages"] = [{"role": "user", "content": prompt}]
     else:
-        path = "/v1/completions"
         body["prompt"] = prompt
-    stream = StreamRecorder()
+    return body | dict(settings.fields[number % len(settings.fields)])
+
+
+async def send_request(
+    client: httpx.AsyncClient, api: str, body: Body, stream: StreamRecorder
+) -> RequestRecord:
+    """Send one request, and record in `stream` what comes back while it comes."""
+    path = "/v1/chat/completions" if api == "chat" else "/v1/completions"
     sent_at = time.perf_counter()
     try:
         async with client.stream("POST", path, json=body) as response:
@@ -222,6 +253,11 @@ class StreamRecorder:
                 self._chunk_characters.append(len(text))
                 self._chunk_totals.append(usage.get("completion_tokens"))
 
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens so far; chunks, where the server does not count."""
+        return (self._chunk_totals[-1] if self._chunk_totals else None) or len(self._chunk_times)
+
     def record(self, sent_at: float, finished_at: float) -> RequestRecord:
         if self.error is None and self._done_at is None:
             self.error = "the stream ended without [DONE]"
@@ -257,64 +293,6 @@ async def first_model(url: str, api_key: str | None = None) -> str:
         response = await client.get("/v1/models")
         response.raise_for_status()
         return str(response.json()["data"][0]["id"])
-
-
-# --- what people see ---------------------------------------------------------------------------------------
-
-_COLUMNS = (
-    ("load", 8),
-    ("requests", 8),
-    ("errors", 6),
-    ("tok/s", 8),
-    ("req/s", 7),
-    ("TTFT p50", 9),
-    ("p90", 8),
-    ("p99", 8),
-    ("ITL p50", 8),
-    ("p90", 7),
-    ("p99", 7),
-    ("tok/s each", 10),
-)
-
-
-def format_table(reports: Sequence[Report]) -> str:
-    """One line for each report. Times in milliseconds; "tok/s each" is the median speed of one request."""
-    lines = [" ".join(name.rjust(width) for name, width in _COLUMNS)]
-    for report in reports:
-        settings = report.settings
-        load = f"c={settings['concurrency']}" if settings.get("concurrency") else f"{settings['rate']:g}/s"
-        cells = [
-            load,
-            str(report.requests),
-            str(report.errors),
-            f"{report.output_tokens_per_second:.1f}",
-            f"{report.requests_per_second:.2f}",
-            *_cells(report.ttft_ms),
-            *_cells(report.inter_token_ms),
-            _cell(report.request_output_speed.p50),
-        ]
-        lines.append(" ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True)))
-    return "\n".join(lines)
-
-
-def _cells(summary: Summary) -> tuple[str, str, str]:
-    return _cell(summary.p50), _cell(summary.p90), _cell(summary.p99)
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def write_results(path: Path, reports: Sequence[Report], server: dict[str, Any]) -> None:
-    """Write the reports as JSON with the machine, the versions and the moment they were taken at."""
-    result = {
-        "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": describe_machine(),
-        "server": server,
-        "runs": [asdict(report) for report in reports],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 async def _main(arguments: argparse.Namespace) -> int:

@@ -16,8 +16,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.load import LoadSettings, first_model, format_table, run_load, write_results
+from benchmarks.load import LoadSettings, first_model, run_load
 from benchmarks.machine import describe_server
+from benchmarks.output import format_table, write_results
 from benchmarks.stats import Report
 
 RESULTS = Path(__file__).parent / "results"

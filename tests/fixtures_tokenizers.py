@@ -69,7 +69,13 @@ def make_tiny_tokenizer() -> Tokenizer:
 
 
 def make_tiny_tokenizer_json() -> bytes:
-    """Ids: 0 to 5 control (turn tokens 4 and 5), 6 and 7 newlines, 8 to 263 bytes, then ordinary pieces."""
+    return build_tokenizer_json(*tiny_vocabulary())
+
+
+def tiny_vocabulary() -> tuple[list[str], list[int], list[float]]:
+    """Pieces, types and scores. Ids: 0 to 5 control (turn tokens 4 and 5), 6 and 7 newlines, 8 to 263 bytes,
+    then ordinary pieces.
+    """
     control = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     plain = ["\n", "\n\n"]
     normal = [
@@ -88,14 +94,14 @@ def make_tiny_tokenizer_json() -> bytes:
         "model",
     ]
     pieces = [*control, *plain, *(f"<0x{byte:02X}>" for byte in range(256)), *normal]
-    types = [
+    types: list[int] = [
         *[PieceType.CONTROL] * len(control),
         *[PieceType.USER_DEFINED] * len(plain),
         *[PieceType.BYTE] * 256,
         *[PieceType.NORMAL] * len(normal),
     ]
     scores = [*[0.0] * (len(pieces) - len(normal)), *(-float(rank) for rank in range(len(normal)))]
-    return build_tokenizer_json(pieces, types, scores)
+    return pieces, types, scores
 
 
 def _real_file(name: str) -> Path:

@@ -18,11 +18,11 @@ from benchmarks.load import (
     StreamRecorder,
     arrival_times,
     closed_loop,
-    format_table,
     open_loop,
     run_load,
     sse_data,
 )
+from benchmarks.output import format_table
 from benchmarks.stats import Report, RequestRecord, Summary, percentile, split_tokens
 from benchmarks.words import COMMON_WORDS, make_prompts
 

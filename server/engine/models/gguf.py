@@ -209,7 +209,7 @@ class _HeaderReader:
             if key in metadata:
                 self._fail(f"metadata key {key} occurs twice")
             value = self._value(key)
-            if self._with_vocabulary or not key.startswith(_VOCABULARY):
+            if self._is_wanted(key):
                 metadata[key] = value
         entries = [self._tensor_entry() for _ in range(num_tensors)]
         alignment = self._alignment(metadata)
@@ -227,7 +227,7 @@ class _HeaderReader:
     def _array(self, key: str) -> MetadataValue:
         kind = self._u32()
         if kind == _STRING:
-            return self._strings(self._count(f"length of array {key}", 8), key)
+            return self._strings(self._count(f"length of array {key}", 8), key, keep=self._is_wanted(key))
         if kind == _ARRAY:
             self._fail(f"metadata key {key} is an array of arrays, which is not supported")
         return self._scalars(kind, self._count(f"length of array {key}", 1), key)
@@ -242,13 +242,15 @@ class _HeaderReader:
         self._position += num_bytes
         return list(values)
 
-    def _strings(self, count: int, key: str) -> list[str]:
-        """`count` strings, or none of a vocabulary that is not wanted.
+    def _is_wanted(self, key: str) -> bool:
+        return self._with_vocabulary or not key.startswith(_VOCABULARY)
+
+    def _strings(self, count: int, key: str, keep: bool = True) -> list[str]:
+        """`count` strings, or none of them if they are not to be kept.
 
         The vocabulary has 262,144 of them, so this loop is written for speed.
         """
         data, size, position = self._data, self._size, self._position
-        wanted = self._with_vocabulary or not key.startswith(_VOCABULARY)
         unpack: Callable[[mmap.mmap, int], tuple[int]] = _U64.unpack_from
         result: list[str] = []
         for index in range(count):
@@ -261,7 +263,7 @@ class _HeaderReader:
                     f"string {index} of metadata key {key} is {position - start} bytes long, but only "
                     f"{size - start} bytes of the file are left"
                 )
-            if not wanted:
+            if not keep:
                 continue
             try:
                 result.append(data[start:position].decode())

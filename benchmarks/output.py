@@ -1,0 +1,68 @@
+"""What people see of a run: a table, and a JSON file with everything."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe_machine
+from benchmarks.stats import Report, Summary
+
+_COLUMNS = (
+    ("load", 8),
+    ("requests", 8),
+    ("errors", 6),
+    ("tok/s", 8),
+    ("req/s", 7),
+    ("TTFT p50", 9),
+    ("p90", 8),
+    ("p99", 8),
+    ("ITL p50", 8),
+    ("p90", 7),
+    ("p99", 7),
+    ("tok/s each", 10),
+)
+
+
+def format_table(reports: Sequence[Report]) -> str:
+    """One line for each report. Times in milliseconds; "tok/s each" is the median speed of one request."""
+    lines = [" ".join(name.rjust(width) for name, width in _COLUMNS)]
+    for report in reports:
+        settings = report.settings
+        load = f"c={settings['concurrency']}" if settings.get("concurrency") else f"{settings['rate']:g}/s"
+        cells = [
+            load,
+            str(report.requests),
+            str(report.errors),
+            f"{report.output_tokens_per_second:.1f}",
+            f"{report.requests_per_second:.2f}",
+            *_cells(report.ttft_ms),
+            *_cells(report.inter_token_ms),
+            _cell(report.request_output_speed.p50),
+        ]
+        lines.append(" ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True)))
+    return "\n".join(lines)
+
+
+def _cells(summary: Summary) -> tuple[str, str, str]:
+    return _cell(summary.p50), _cell(summary.p90), _cell(summary.p99)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def write_results(path: Path, reports: Sequence[Report], server: dict[str, Any]) -> None:
+    """Write the reports as JSON with the machine, the versions and the moment they were taken at."""
+    result = {
+        "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": describe_machine(),
+        "server": server,
+        "runs": [asdict(report) for report in reports],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
