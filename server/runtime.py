@@ -201,7 +201,7 @@ def _read_model(files: ModelFiles) -> tuple[Tokenizer, GemmaConfig]:
         tokenizer, config = Tokenizer.from_file(files.tokenizer_file), read_config(files.path)
     else:
         tokenizer = Tokenizer.from_file(tokenizer_for_gguf(files.path, cache_directory()))
-        config = read_gguf(read_metadata(files.path, with_vocabulary=False))
+        config = read_gguf(read_metadata(files.path, with_pieces=False))
     _return_freed_memory()
     return tokenizer, config
 

@@ -145,12 +145,13 @@ def test_a_vocabulary_sized_string_array_is_read_quickly(tmp_path: Path) -> None
     assert tokens[-1] == "▁word262143"
 
 
-def test_metadata_can_be_read_without_the_vocabulary(tmp_path: Path) -> None:
+def test_metadata_can_be_read_without_the_vocabularys_pieces(tmp_path: Path) -> None:
     words = text("tokenizer.ggml.tokens") + u32(9) + u32(8) + u64(2) + text("a") + text(b"\xff is no UTF-8")
     path = tmp_path / "m.gguf"
     model = text("tokenizer.ggml.model") + u32(8) + text("llama")
     path.write_bytes(header(0, 3, words + model + PAIR))
-    assert read_metadata(path, with_vocabulary=False) == {"k": 1}
+    expected = {"tokenizer.ggml.tokens": ["", ""], "tokenizer.ggml.model": "llama", "k": 1}
+    assert read_metadata(path, with_pieces=False) == expected
     with pytest.raises(GGUFError, match="not valid UTF-8"):
         read_metadata(path)
 

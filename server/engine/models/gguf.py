@@ -121,8 +121,8 @@ class GGUFFile:
         self._file = file
 
     @classmethod
-    def open(cls, path: Path, with_vocabulary: bool = True) -> Self:
-        """Read and check the header. Reading the vocabulary takes most of the time.
+    def open(cls, path: Path, with_pieces: bool = True) -> Self:
+        """Read and check the header. with_pieces: see `read_metadata`.
 
         Raises GGUFError for a malformed or unsupported file, OSError if it cannot be read.
         """
@@ -132,7 +132,7 @@ class GGUFFile:
             if size < 24:
                 raise GGUFError(f"{path.name}: {size} bytes is too short for a GGUF header of 24 bytes")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                metadata, tensors = _HeaderReader(data, path.name, with_vocabulary).read()
+                metadata, tensors = _HeaderReader(data, path.name, with_pieces).read()
         except BaseException:
             file.close()
             raise
@@ -167,9 +167,13 @@ class GGUFFile:
         self.close()
 
 
-def read_metadata(path: Path, with_vocabulary: bool = True) -> Metadata:
-    """The key-value pairs of a GGUF file (hyper-parameters, vocabulary). Raises GGUFError, OSError."""
-    with GGUFFile.open(path, with_vocabulary) as file:
+def read_metadata(path: Path, with_pieces: bool = True) -> Metadata:
+    """The key-value pairs of a GGUF file (hyper-parameters, vocabulary).
+
+    with_pieces: otherwise the vocabulary's strings are empty, which saves most of the time. Raises GGUFError,
+    OSError.
+    """
+    with GGUFFile.open(path, with_pieces) as file:
         return file.metadata
 
 
@@ -185,8 +189,8 @@ _U64 = struct.Struct("<Q")
 class _HeaderReader:
     """A cursor over the mapped file which never moves past its end."""
 
-    def __init__(self, data: mmap.mmap, file_name: str, with_vocabulary: bool) -> None:
-        self._with_vocabulary = with_vocabulary
+    def __init__(self, data: mmap.mmap, file_name: str, with_pieces: bool) -> None:
+        self._with_pieces = with_pieces
         self._data = data
         self._size = len(data)
         self._position = 0
@@ -208,9 +212,7 @@ class _HeaderReader:
             key = self._name("metadata key")
             if key in metadata:
                 self._fail(f"metadata key {key} occurs twice")
-            value = self._value(key)
-            if self._is_wanted(key):
-                metadata[key] = value
+            metadata[key] = self._value(key)
         entries = [self._tensor_entry() for _ in range(num_tensors)]
         alignment = self._alignment(metadata)
         data_start = -(-self._position // alignment) * alignment
@@ -227,7 +229,8 @@ class _HeaderReader:
     def _array(self, key: str) -> MetadataValue:
         kind = self._u32()
         if kind == _STRING:
-            return self._strings(self._count(f"length of array {key}", 8), key, keep=self._is_wanted(key))
+            keep = self._with_pieces or not key.startswith(_VOCABULARY)
+            return self._strings(self._count(f"length of array {key}", 8), key, keep)
         if kind == _ARRAY:
             self._fail(f"metadata key {key} is an array of arrays, which is not supported")
         return self._scalars(kind, self._count(f"length of array {key}", 1), key)
@@ -242,11 +245,8 @@ class _HeaderReader:
         self._position += num_bytes
         return list(values)
 
-    def _is_wanted(self, key: str) -> bool:
-        return self._with_vocabulary or not key.startswith(_VOCABULARY)
-
     def _strings(self, count: int, key: str, keep: bool = True) -> list[str]:
-        """`count` strings, or none of them if they are not to be kept.
+        """`count` strings, empty ones if they are not to be kept.
 
         The vocabulary has 262,144 of them, so this loop is written for speed.
         """
@@ -264,6 +264,7 @@ class _HeaderReader:
                     f"{size - start} bytes of the file are left"
                 )
             if not keep:
+                result.append("")
                 continue
             try:
                 result.append(data[start:position].decode())
