@@ -82,6 +82,14 @@ struct Product {
 // Bytes ahead of the weights that are multiplied by now. Where a panel ends, the next one begins.
 constexpr int kPrefetch = 1024;
 
+// The part of P panels that one segment of the inputs is multiplied by.
+template <class W>
+struct Part {
+    const W* weights;
+    int64_t inputs, panel_stride;
+    int64_t prefetch;  // so many bytes ahead
+};
+
 template <class Sum, int R, int P>
 struct Sums {
     Sum v[R][P][kVecs];
@@ -109,38 +117,40 @@ template <int R, int P>
 
 template <int R, int P>
 [[gnu::always_inline]] inline void multiply_segment(
-    Sums<Vec, R, P>& sums, const float* x, int64_t x_stride, const bf16* w, int64_t inputs, int64_t panel_stride
+    Sums<Vec, R, P>& sums, const float* x, int64_t x_stride, const Part<bf16>& part
 ) {
-    for (int64_t k = 0; k < inputs; k += 2, x += 2, w += 2 * kPanel) {
-        Vec part[kVecs];
+    const bf16* w = part.weights;
+    for (int64_t k = 0; k < part.inputs; k += 2, x += 2, w += 2 * kPanel) {
+        Vec loaded[kVecs];
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
-            _mm_prefetch(reinterpret_cast<const char*>(w + p * panel_stride) + kPrefetch, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(w + p * part.panel_stride) + part.prefetch, _MM_HINT_T0);
 #pragma GCC unroll 2
-            for (int i = 0; i < kVecs; ++i) part[i] = load_first(w + p * panel_stride + i * 2 * Vec::width);
-            multiply_add<R, P>(sums, p, x, x_stride, part);
+            for (int i = 0; i < kVecs; ++i) loaded[i] = load_first(w + p * part.panel_stride + i * 2 * Vec::width);
+            multiply_add<R, P>(sums, p, x, x_stride, loaded);
         }
         const bf16* same = again(w);
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 2
-            for (int i = 0; i < kVecs; ++i) part[i] = load_second(same + p * panel_stride + i * 2 * Vec::width);
-            multiply_add<R, P>(sums, p, x + 1, x_stride, part);
+            for (int i = 0; i < kVecs; ++i) loaded[i] = load_second(same + p * part.panel_stride + i * 2 * Vec::width);
+            multiply_add<R, P>(sums, p, x + 1, x_stride, loaded);
         }
     }
 }
 
 template <int R, int P>
 [[gnu::always_inline]] inline void multiply_segment(
-    Sums<Vec, R, P>& sums, const float* x, int64_t x_stride, const float* w, int64_t inputs, int64_t panel_stride
+    Sums<Vec, R, P>& sums, const float* x, int64_t x_stride, const Part<float>& part
 ) {
-    for (int64_t k = 0; k < inputs; ++k, ++x, w += kPanel) {
+    const float* w = part.weights;
+    for (int64_t k = 0; k < part.inputs; ++k, ++x, w += kPanel) {
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
-            Vec part[kVecs];
+            Vec loaded[kVecs];
 #pragma GCC unroll 2
-            for (int i = 0; i < kVecs; ++i) part[i] = load(w + p * panel_stride + i * Vec::width);
-            multiply_add<R, P>(sums, p, x, x_stride, part);
+            for (int i = 0; i < kVecs; ++i) loaded[i] = load(w + p * part.panel_stride + i * Vec::width);
+            multiply_add<R, P>(sums, p, x, x_stride, loaded);
         }
     }
 }
@@ -148,24 +158,25 @@ template <int R, int P>
 // A step takes 4 inputs, 64 bytes of a panel: one prefetch.
 template <int R, int P>
 [[gnu::always_inline]] inline void multiply_segment(
-    Sums<IntVec, R, P>& sums, const int16_t* x, int64_t x_stride, const int8_t* w, int64_t inputs, int64_t panel_stride
+    Sums<IntVec, R, P>& sums, const int16_t* x, int64_t x_stride, const Part<int8_t>& part
 ) {
-    for (int64_t k = 0; k < inputs; k += 4, x += 4, w += 4 * kPanel) {
+    const int8_t* w = part.weights;
+    for (int64_t k = 0; k < part.inputs; k += 4, x += 4, w += 4 * kPanel) {
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
-            _mm_prefetch(reinterpret_cast<const char*>(w + p * panel_stride) + kPrefetch, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(w + p * part.panel_stride) + part.prefetch, _MM_HINT_T0);
 #pragma GCC unroll 2
             for (int pair = 0; pair < 2; ++pair) {
-                IntVec part[kVecs];
+                IntVec loaded[kVecs];
 #pragma GCC unroll 2
                 for (int i = 0; i < kVecs; ++i)
-                    part[i] = load_widened(w + p * panel_stride + (pair * kVecs + i) * 2 * IntVec::width);
+                    loaded[i] = load_widened(w + p * part.panel_stride + (pair * kVecs + i) * 2 * IntVec::width);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     const IntVec factor = splat_pair(x + r * x_stride + 2 * pair);
 #pragma GCC unroll 2
                     for (int i = 0; i < kVecs; ++i)
-                        sums.v[r][p][i] = add_pair_products(sums.v[r][p][i], factor, part[i]);
+                        sums.v[r][p][i] = add_pair_products(sums.v[r][p][i], factor, loaded[i]);
                 }
             }
         }
@@ -173,7 +184,9 @@ template <int R, int P>
 }
 
 template <class W, int R, int P>
-void multiply(const Product<W>& product, const typename Operand<W>::Input* x, int64_t panel, float* out) {
+void multiply(
+    const Product<W>& product, const typename Operand<W>::Input* x, int64_t panel, float* out, int64_t prefetch
+) {
     using Sum = typename Operand<W>::Sum;
     Sums<Sum, R, P> sums;
 #pragma GCC unroll 8
@@ -184,7 +197,9 @@ void multiply(const Product<W>& product, const typename Operand<W>::Input* x, in
             for (int i = 0; i < kVecs; ++i) sums.v[r][p][i] = Sum{};
     for (int s = 0; s < product.num_segments; ++s) {
         const W* w = product.segments[s] + panel * product.panel_stride;
-        multiply_segment<R, P>(sums, x, product.x_stride, w, product.inputs, product.panel_stride);
+        multiply_segment<R, P>(
+            sums, x, product.x_stride, Part<W>{w, product.inputs, product.panel_stride, prefetch}
+        );
         x += product.inputs;
     }
 #pragma GCC unroll 8
@@ -200,7 +215,8 @@ void multiply(const Product<W>& product, const typename Operand<W>::Input* x, in
 }
 
 template <class W>
-using Multiply = void (*)(const Product<W>&, const typename Operand<W>::Input* x, int64_t panel, float* out);
+using Multiply =
+    void (*)(const Product<W>&, const typename Operand<W>::Input* x, int64_t panel, float* out, int64_t prefetch);
 
 // For R rows: one panel, or panels_at_once(R) of them.
 template <class W>
@@ -235,8 +251,12 @@ inline void multiply_all(const Product<W>& product, int64_t rows, int64_t num_pa
             const Multiply<W> function = whole && same ? Multipliers<W>::many[count] : Multipliers<W>::one[count];
             const auto* x = product.x + row * product.x_stride;
             float* out = product.sums + row * product.sums_stride;
+            // The first block may have to wait for the weights. Those after it find them in the cache, and have
+            // the next panels' fetched meanwhile.
+            const int64_t next_panels = step * product.panel_stride * int64_t(sizeof(W));
+            const int64_t prefetch = block == 0 ? kPrefetch : next_panels;
             for (int64_t p = panel; p < panel + (whole ? step : 1); p += whole && same ? step : 1)
-                function(product, x, p, out + p * product.sums_panel_stride);
+                function(product, x, p, out + p * product.sums_panel_stride, prefetch);
             row += count;
         }
         panel += whole ? step : 1;
