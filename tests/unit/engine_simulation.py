@@ -78,8 +78,17 @@ def generate_alone(request: GenerateRequest, max_sequence_tokens: int) -> tuple[
 class HalfKnowing(NgramSpeculator):
     """Knows how each sequence goes on, and is wrong from one of the tokens on, or from none."""
 
+    def __init__(self, max_tokens: int) -> None:
+        super().__init__(max_tokens)
+        self.known: set[EngineSequence] = set()
+        self.next_guess: tuple[int, ...] = ()
+        """Given in place of the next one, if there is room for it."""
+
     def propose(self, seq: EngineSequence, limit: int) -> tuple[int, ...]:
-        super().propose(seq, 0)  # so that it is known, as to the real one
+        self.known.add(seq)
+        if self.next_guess:
+            guess, self.next_guess = self.next_guess[: max(0, limit)], ()
+            return guess
         fingerprint = fingerprints(seq.token_ids)[-1]
         num_right = (fingerprint >> 20) % (limit + 1) if limit > 0 else 0
         draft: list[int] = []
@@ -88,6 +97,13 @@ class HalfKnowing(NgramSpeculator):
             draft.append((next_token(fingerprint) + error) % VOCAB_SIZE)
             fingerprint = hash((fingerprint, draft[-1]))
         return tuple(draft)
+
+    def record(self, seq: EngineSequence, num_drafted: int, num_accepted: int) -> None:
+        assert seq in self.known
+        assert 0 <= num_accepted <= num_drafted > 0
+
+    def forget(self, seq: EngineSequence) -> None:
+        self.known.discard(seq)
 
 
 class SimulatedModel:
@@ -148,6 +164,7 @@ class Engine:
     config: SchedulerConfig
     kv: KVCacheManager
     model: SimulatedModel
+    speculator: HalfKnowing
     scheduler: Scheduler
     outputs: dict[str, list[SequenceOutput]]
     num_preemptions: int = 0
@@ -155,7 +172,6 @@ class Engine:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     max_prefill_tokens: int = sys.maxsize
-    max_draft_tokens: int = 0
 
     def add(self, request: GenerateRequest) -> EngineSequence:
         seq = EngineSequence.from_request(request)
@@ -176,7 +192,7 @@ class Engine:
             num_known = scheduled.num_new - len(scheduled.draft)
             assert 0 < num_known <= self.config.long_prefill_threshold
         if batch.num_draft_tokens:
-            assert batch.num_tokens <= 1 + self.max_draft_tokens
+            assert batch.num_tokens <= 1 + self.speculator.max_tokens
             assert not batch.preempted, "one had to leave for a guess"
         for seq in decodes:
             assert seq in planned or seq.status is not SequenceStatus.RUNNING, "a decode was left out"
@@ -204,6 +220,7 @@ class Engine:
         while self.scheduler.has_work():
             self.step()
         assert set(self.kv.usage().values()) == {0.0}, "blocks leaked"
+        assert not self.speculator.known, "sequences that have ended are remembered"
 
     def generated(self, request_id: str) -> list[int]:
         return [token_id for output in self.outputs[request_id] for token_id in output.token_ids]
@@ -230,5 +247,6 @@ def make_engine(
     kv = KVCacheManager(groups, num_blocks, block_size, enable_prefix_caching, max_num_batched_tokens)
     model = SimulatedModel(groups, num_blocks, block_size)
     ticks = itertools.count(1)
-    scheduler = Scheduler(config, kv, HalfKnowing(max_draft_tokens), clock=lambda: float(next(ticks)))
-    return Engine(config, kv, model, scheduler, outputs={}, max_draft_tokens=max_draft_tokens)
+    speculator = HalfKnowing(max_draft_tokens)
+    scheduler = Scheduler(config, kv, speculator, clock=lambda: float(next(ticks)))
+    return Engine(config, kv, model, speculator, scheduler, outputs={})
