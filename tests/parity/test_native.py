@@ -98,9 +98,8 @@ SAMPLING = {
 
 @every_level
 @pytest.mark.parametrize("params", SAMPLING.values(), ids=SAMPLING)
-@pytest.mark.parametrize("name", ["gemma1", "gemma3"])
-def test_in_bf16_guesses_change_no_token(name: str, params: dict[str, Any], level: str) -> None:
-    model = native_model(name, level, torch.bfloat16)
+def test_in_bf16_guesses_change_no_token(params: dict[str, Any], level: str) -> None:
+    model = native_model("gemma3", level, torch.bfloat16)
     requests = [
         request(token_ids * 3, request_id=f"r{index}", seed=index, **params)
         for index, token_ids in enumerate(PROMPTS)
@@ -108,9 +107,7 @@ def test_in_bf16_guesses_change_no_token(name: str, params: dict[str, Any], leve
     without = Engine(model).generate(requests)
     longest = 3 * max(map(len, PROMPTS)) + 64
     guessing = Engine(model, max_draft_tokens=5, chunk=16)
-    one_by_one = [Engine(model, max_draft_tokens=5).generate([one])[0] for one in requests]
     tight = Engine(model, max_draft_tokens=9, num_blocks=-(-longest // 4) + 1, chunk=7, prefix_caching=True)
-    assert one_by_one == without
     assert guessing.generate(requests, arrive_every=20) == without
     assert tight.generate(requests) == without
     assert guessing.num_accepted_tokens > 0
