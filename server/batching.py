@@ -9,7 +9,8 @@ any mix of single tokens and prompt chunks. Laws:
 3. Memory that runs out is taken from one of the later arrivals, which is recomputed: its tokens stay, its
    blocks go. The oldest running sequence is never preempted, so every step gets something done.
 4. Each sequence added leaves once, by a terminal output of `update` or by `abort`, and its blocks go free.
-5. Pure policy: no tensors, no I/O, and the time only for stamping sequences.
+5. A draft takes rows and blocks that nobody wants in this step, and gives back what it did not need.
+6. Pure policy: no tensors, no I/O, and the time only for stamping sequences.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import itertools
 import sys
 from bisect import insort
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence, SequenceStatus
+from server.engine.speculation import NgramSpeculator
 from server.engine.types import FinishReason, SequenceOutput
 
 SPARE_FOR_RUNNING = 0.01
@@ -35,18 +37,24 @@ class NeverFitsError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """Positions start .. start + num_new - 1 of one sequence."""
+    """Positions start .. start + num_new - 1 of one sequence, of which the last ones may be a draft."""
 
     seq: Sequence
     start: int
     num_new: int
     samples: bool
     """Whether they reach the end of what is known, so that a token is sampled."""
+    draft: tuple[int, ...] = ()
+    """Guessed tokens after what is known, each of which is sampled after, too."""
+
+    @property
+    def num_sampled(self) -> int:
+        return 1 + len(self.draft) if self.samples else 0
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """One step's work. Sequences with one token come first."""
+    """One step's work. Sequences with one token, not counting drafts, come first."""
 
     sequences: tuple[ScheduledSequence, ...]
     preempted: tuple[Sequence, ...]
@@ -54,6 +62,10 @@ class ScheduledBatch:
     @property
     def num_tokens(self) -> int:
         return sum(scheduled.num_new for scheduled in self.sequences)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return sum(len(scheduled.draft) for scheduled in self.sequences)
 
 
 @dataclass(frozen=True)
@@ -87,15 +99,26 @@ class StepCounts:
     """Prompt tokens of newly admitted sequences that may use the prefix cache."""
     prefix_cache_hits: int = 0
     """Those of them that were found there."""
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    """Tokens of drafts that turned out right."""
 
 
 class Scheduler:
     """Alternate `schedule` and `update`; `add` and `abort` may come at any time between calls."""
 
-    def __init__(self, config: SchedulerConfig, kv: KVCacheManager, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        kv: KVCacheManager,
+        speculator: NgramSpeculator,
+        clock: Callable[[], float],
+    ) -> None:
         """`clock` gives monotonic seconds, for `Sequence.scheduled_at`."""
         self._config = config
         self._kv = kv
+        self._speculator = speculator
         self._clock = clock
         self._max_sequence_tokens = min(config.max_model_len, kv.max_sequence_tokens())
         self._sequences: dict[str, Sequence] = {}
@@ -192,6 +215,7 @@ class Scheduler:
                 budget -= num_new
         if not preempted:
             self._admit(plan, budget)
+            self._draft(plan)
         return ScheduledBatch(tuple(plan.values()), tuple(preempted))
 
     def _admit(self, plan: dict[Sequence, ScheduledSequence], budget: int) -> None:
@@ -214,6 +238,24 @@ class Scheduler:
                 self._note_first_admission(seq, num_cached)
             plan[seq] = _scheduled(seq, num_new)
             budget -= num_new
+
+    def _draft(self, plan: dict[Sequence, ScheduledSequence]) -> None:
+        """Have the step check guesses where it is so small that more rows cost next to nothing."""
+        most_rows = min(1 + self._speculator.max_tokens, self._config.max_num_batched_tokens)
+        room = most_rows - sum(scheduled.num_new for scheduled in plan.values())
+        for seq, scheduled in plan.items():
+            if room < 1:
+                break
+            if not scheduled.samples:
+                continue
+            most_generated = min(
+                seq.params.max_tokens - seq.num_generated, self._max_sequence_tokens - seq.num_tokens
+            )
+            draft = self._speculator.propose(seq, min(room, most_generated - 1))
+            num_new = scheduled.num_new + len(draft)
+            if draft and self._kv.allocate(seq, 0, num_new):
+                plan[seq] = replace(scheduled, num_new=num_new, draft=draft)
+                room -= len(draft)
 
     def _chunk(self, seq: Sequence, start: int, budget: int) -> int:
         return min(seq.num_tokens - start, budget, self._config.long_prefill_threshold)
@@ -249,42 +291,65 @@ class Scheduler:
     def update(self, batch: ScheduledBatch, sampled: list[SampledToken]) -> list[SequenceOutput]:
         """Advance the batch's sequences after the forward pass, and end those that are done.
 
-        `sampled` has one entry for each scheduled sequence that samples, in order; ValueError otherwise.
+        `sampled` has `num_sampled` entries for each scheduled sequence, in order; ValueError otherwise.
         Sequences that were aborted since `schedule` are passed over.
         """
         outputs, self._failed = self._failed, []
-        tokens = iter(sampled)
-        if len(sampled) != sum(scheduled.samples for scheduled in batch.sequences):
+        rows = iter(sampled)
+        if len(sampled) != sum(scheduled.num_sampled for scheduled in batch.sequences):
             raise ValueError(f"{len(sampled)} sampled tokens do not match the batch")
         for scheduled in batch.sequences:
-            seq = scheduled.seq
-            token = next(tokens) if scheduled.samples else None
+            seq, tokens = scheduled.seq, list(itertools.islice(rows, scheduled.num_sampled))
             if seq.status is SequenceStatus.FINISHED:
                 continue
-            if token is not None and token.error is not None:
+            if tokens and tokens[0].error is not None:
                 self._kv.discard(seq)  # a bad row can come from bad entries, which must not be handed on
-                outputs.append(self._end(seq, FinishReason.ERROR, error=token.error))
+                outputs.append(self._end(seq, FinishReason.ERROR, error=tokens[0].error))
                 continue
-            seq.num_computed = scheduled.start + scheduled.num_new
+            taken, reason = self._take(seq, tokens, scheduled.draft)
+            num_accepted = max(0, len(taken) - 1)
+            seq.num_computed = scheduled.start + scheduled.num_new - len(scheduled.draft) + num_accepted
             self._kv.commit(seq)
-            if token is not None:
-                outputs.append(self._append(seq, token))
+            if scheduled.draft:
+                self._speculator.record(seq, len(scheduled.draft), num_accepted)
+                self._counts.num_drafts += 1
+                self._counts.num_draft_tokens += len(scheduled.draft)
+                self._counts.num_accepted_tokens += num_accepted
+            if taken:
+                outputs.append(self._output(seq, taken, reason))
         return outputs
 
-    def _append(self, seq: Sequence, token: SampledToken) -> SequenceOutput:
-        seq.token_ids.append(token.token_id)
-        reason = self._finish_reason(seq)
+    def _take(
+        self, seq: Sequence, tokens: list[SampledToken], draft: tuple[int, ...]
+    ) -> tuple[list[SampledToken], FinishReason | None]:
+        """Append the tokens whose rows saw what the sequence now is: up to the first that is not as drafted.
+
+        An error ends them, too; its row will be the first of the next step.
+        """
+        taken: list[SampledToken] = []
+        reason = None
+        for index, token in enumerate(tokens):
+            if token.error is not None:
+                break
+            seq.token_ids.append(token.token_id)
+            taken.append(token)
+            reason = self._finish_reason(seq)
+            if reason is not None or draft[index : index + 1] != (token.token_id,):
+                break
+        return taken, reason
+
+    def _output(self, seq: Sequence, tokens: list[SampledToken], reason: FinishReason | None) -> SequenceOutput:
         if reason is not None:
             self._retire(seq)
-        is_first = seq.num_generated == 1
+        is_first = seq.num_generated == len(tokens)
         prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, []
         return SequenceOutput(
             request_id=seq.request_id,
-            token_ids=[token.token_id],
-            logprobs=None if token.logprob is None else [token.logprob],
+            token_ids=[token.token_id for token in tokens],
+            logprobs=[token.logprob for token in tokens if token.logprob is not None] or None,
             prompt_logprobs=prompt_logprobs if is_first and seq.params.prompt_logprobs is not None else None,
             finish_reason=reason,
-            stop_token_id=token.token_id if reason is FinishReason.STOP else None,
+            stop_token_id=tokens[-1].token_id if reason is FinishReason.STOP else None,
             num_cached_tokens=seq.num_cached_tokens,
             scheduled_at=seq.scheduled_at,
         )
@@ -319,6 +384,7 @@ class Scheduler:
         (self._running if seq.status is SequenceStatus.RUNNING else self._waiting).remove(seq)
         del self._sequences[seq.request_id], self._ranks[seq]
         seq.status = SequenceStatus.FINISHED
+        self._speculator.forget(seq)
         self._kv.free(seq)
 
 

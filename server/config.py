@@ -79,6 +79,14 @@ class ServerConfig(BaseModel):
         description="While streams run, prompts are computed in pieces so small that a step takes about so "
         "many times as long as without, at most. Lower: steadier streams; higher: earlier first tokens.",
     )
+    speculative_ngram_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="Guess how sequences go on where they repeat themselves, and check up to so many guessed "
+        "tokens in one step, in place of as many further sequences; 0 means no guesses. Outputs stay the same. "
+        "5 with the native back end and 0 with the other if not given.",
+    )
     block_size: int = Field(16, ge=1, le=256, description="Tokens in one block of the KV cache.")
     enable_prefix_caching: bool = Field(
         True, description="Reuse the KV cache of prompts with a common beginning."

@@ -140,6 +140,9 @@ class EngineMetrics:
         self._preemptions = counter("num_preemptions", "Times a sequence was put back to be recomputed.")
         self._queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._drafts = counter("spec_decode_num_drafts", "Guesses of a sequence's next tokens.")
+        self._draft_tokens = counter("spec_decode_num_draft_tokens", "Guessed tokens.")
+        self._accepted_tokens = counter("spec_decode_num_accepted_tokens", "Guessed tokens that were right.")
         self._iteration_tokens = Histogram(
             "vllm:iteration_tokens_total",
             "Tokens computed in one step.",
@@ -161,6 +164,9 @@ class EngineMetrics:
         self._preemptions.inc(stats.num_preemptions)
         self._queries.inc(stats.prefix_cache_queries)
         self._hits.inc(stats.prefix_cache_hits)
+        self._drafts.inc(stats.num_drafts)
+        self._draft_tokens.inc(stats.num_draft_tokens)
+        self._accepted_tokens.inc(stats.num_accepted_tokens)
         num_tokens = stats.num_prefill_tokens + stats.num_decode_tokens
         if num_tokens:
             self._iteration_tokens.observe(num_tokens)

@@ -29,7 +29,11 @@ MAY_IMPORT_TORCH = re.compile(
 FORBIDDEN = [
     # The engine is the lower half: it knows messages, not HTTP.
     (r"server\.engine(\..+)?", r"server\.(api|app|frontend|runtime|errors|metrics|config)(\..+)?", r""),
-    (r"server\.batching", r"server\..+", r"server\.engine\.(sequence|types|sampling\.types|kv_cache(\..+)?)"),
+    (
+        r"server\.batching",
+        r"server\..+",
+        r"server\.engine\.(sequence|speculation|types|sampling\.types|kv_cache(\..+)?)",
+    ),
     # Bookkeeping of blocks needs no device.
     (
         r"server\.engine\.kv_cache\.(hashing|block_pool|manager)",

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 class Runner(Protocol):
     def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
-        """Compute the batch's tokens; one result for each sequence that samples, in the batch's order."""
+        """Compute the batch's tokens; `num_sampled` results for each sequence, in the batch's order."""
 
 
 class EngineCore:
@@ -78,8 +78,9 @@ class EngineCore:
         sampled = self._runner.execute(batch) if batch.sequences else []
         outputs = self._scheduler.update(batch, sampled)
         finished = self._clock()
-        num_streams = sum(scheduled.num_new == 1 for scheduled in batch.sequences)
-        self._pacer.record(num_streams, batch.num_tokens - num_streams, finished - started)
+        num_streams = sum(scheduled.num_new - len(scheduled.draft) == 1 for scheduled in batch.sequences)
+        num_prefill_tokens = batch.num_tokens - batch.num_draft_tokens - num_streams
+        self._pacer.record(num_streams, num_prefill_tokens, finished - started)
         outputs, self._terminal = self._terminal + outputs, []
         return StepOutput(outputs=outputs, stats=self._stats(batch, finished - started))
 
@@ -95,7 +96,10 @@ class EngineCore:
             num_preemptions=counts.num_preemptions,
             prefix_cache_queries=counts.prefix_cache_queries,
             prefix_cache_hits=counts.prefix_cache_hits,
-            num_prefill_tokens=batch.num_tokens - num_decode_tokens,
-            num_decode_tokens=num_decode_tokens,
+            num_prefill_tokens=batch.num_tokens - batch.num_draft_tokens - num_decode_tokens,
+            num_decode_tokens=num_decode_tokens + counts.num_accepted_tokens,
+            num_drafts=counts.num_drafts,
+            num_draft_tokens=counts.num_draft_tokens,
+            num_accepted_tokens=counts.num_accepted_tokens,
             step_seconds=seconds,
         )

@@ -45,8 +45,8 @@ class ModelInputs:
     positions: Int64Array
     """[T]"""
     output_rows: Int64Array
-    """[R]: rows whose hidden state is wanted: first one for each sampling sequence in batch order, then those
-    that predict prompt tokens."""
+    """[R]: rows whose hidden state is wanted: first the sampled ones in batch order, then those that predict
+    prompt tokens."""
     attention: tuple[AttentionMetadata, ...]
     """One for each KV group."""
 
@@ -94,10 +94,15 @@ def build_inputs(
     token_ids = np.empty(num_rows, dtype=np.int64)
     for row, scheduled in zip(query_start.tolist(), sequences, strict=False):
         end = scheduled.start + scheduled.num_new
-        token_ids[row : row + scheduled.num_new] = scheduled.seq.token_ids[scheduled.start : end]
+        known = scheduled.seq.token_ids[scheduled.start : end]
+        token_ids[row : row + scheduled.num_new] = [*known, *scheduled.draft]
 
-    samples = np.array([scheduled.samples for scheduled in sequences])
-    output_rows = [query_start[1:][samples].astype(np.int64) - 1]
+    sampled_rows = [
+        row
+        for end, scheduled in zip(query_start[1:].tolist(), sequences, strict=True)
+        for row in range(end - scheduled.num_sampled, end)
+    ]
+    output_rows = [np.array(sampled_rows, dtype=np.int64)]
     first_rows = {scheduled.seq: int(row) for scheduled, row in zip(sequences, query_start[:-1], strict=True)}
     for rows in prompt_rows:
         first = first_rows[rows.scheduled.seq] + rows.first_position - rows.scheduled.start

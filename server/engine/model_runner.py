@@ -10,17 +10,18 @@ Laws:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from server.batching import ScheduledBatch
+from server.batching import ScheduledBatch, ScheduledSequence
 from server.engine.backend.base import TokenSampler
 from server.engine.inputs import AttentionMetadata, ModelInputs, PromptRows, build_inputs, missing_prompt_rows
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.models.gemma import GemmaModel
 from server.engine.sampling.types import SampledToken
+from server.engine.sequence import Sequence as EngineSequence
 
 _PROMPT_ROWS_AT_ONCE = 32
 _WARM_UP_TOKENS = 16
@@ -37,13 +38,13 @@ class ModelRunner:
         self._forward = model.capture(kv.by_layer, max(max_num_batched_tokens, 1 + _WARM_UP_TOKENS))
 
     def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
-        """Computes the batch's tokens. One result for each sequence that samples, in the batch's order."""
+        """Computes the batch's tokens. `num_sampled` results for each sequence, in the batch's order."""
         prompt_rows = [
             rows for scheduled in batch.sequences if (rows := missing_prompt_rows(scheduled)) is not None
         ]
         inputs = build_inputs(batch.sequences, prompt_rows, self._kv.num_groups, self._kv.block_size)
         hidden = self._forward(inputs)
-        sampling = [scheduled.seq for scheduled in batch.sequences if scheduled.samples]
+        sampling = [seq for scheduled in batch.sequences for seq in _sampling_states(scheduled)]
         self._append_prompt_logprobs(hidden[len(sampling) :], prompt_rows)
         if not sampling:
             return []
@@ -83,3 +84,11 @@ class ModelRunner:
                 chosen = seq.token_ids[first_token : first_token + count]
                 seq.prompt_logprobs += self._sampler.gather_logprobs(logits, chosen, [num_top] * count)
             first_row += rows.count
+
+
+def _sampling_states(scheduled: ScheduledSequence) -> Iterator[EngineSequence]:
+    """The sequence as it is at each row that samples, were the draft to come true."""
+    if scheduled.samples:
+        yield scheduled.seq
+        for count in range(1, len(scheduled.draft) + 1):
+            yield scheduled.seq.followed_by(scheduled.draft[:count])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from server.engine.types import GenerateRequest, SamplingParams, TokenLogprob
 
@@ -64,3 +65,7 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def followed_by(self, token_ids: Iterable[int]) -> Sequence:
+        """What the sequence would be after these tokens, to look at: the rest it shares with the sequence."""
+        return replace(self, token_ids=[*self.token_ids, *token_ids])

@@ -87,6 +87,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens in one step at most; None: chosen by device."""
     prefill_stretch: float = 2.5
     """How many times the time of a step without prompts one with them may take, while streams run."""
+    speculative_ngram_tokens: int | None = None
+    """Guessed tokens that one step checks at most; 0: none. None: chosen by back end."""
     block_size: int = 16
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float | None = None
@@ -196,6 +198,11 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens found there."""
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
+    """Generated tokens, of which the step may have computed several for one sequence."""
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    """Of the draft tokens; those that turned out right."""
     step_seconds: float = 0.0
 
 

@@ -90,6 +90,9 @@ def test_a_step_is_recorded() -> None:
                     num_preemptions=1,
                     prefix_cache_queries=10,
                     prefix_cache_hits=4,
+                    num_drafts=1,
+                    num_draft_tokens=3,
+                    num_accepted_tokens=2,
                     num_prefill_tokens=6,
                     num_decode_tokens=2,
                     step_seconds=0.25,
@@ -101,6 +104,9 @@ def test_a_step_is_recorded() -> None:
         assert server.metric(f"vllm:num_preemptions_total{LABELS}") == 2
         assert server.metric(f"vllm:prefix_cache_queries_total{LABELS}") == 20
         assert server.metric(f"vllm:prefix_cache_hits_total{LABELS}") == 8
+        assert server.metric(f"vllm:spec_decode_num_drafts_total{LABELS}") == 2
+        assert server.metric(f"vllm:spec_decode_num_draft_tokens_total{LABELS}") == 6
+        assert server.metric(f"vllm:spec_decode_num_accepted_tokens_total{LABELS}") == 4
         assert server.metric(f"vllm:iteration_tokens_total_sum{LABELS}") == 16
         assert server.metric("gemma_engine_step_seconds_sum") == 0.5
 

@@ -24,6 +24,7 @@ from server.engine.models.config import GemmaConfig
 from server.engine.models.config_reader import read_hf
 from server.engine.models.gemma import GemmaModel, prepare_weights
 from server.engine.sequence import Sequence as EngineSequence
+from server.engine.speculation import NgramSpeculator
 from server.engine.types import GenerateRequest, SamplingParams, TokenLogprob
 
 VOCAB = 67
@@ -153,7 +154,9 @@ class Engine:
     chunk: int = 64
     """Tokens of one sequence in one step at most."""
     prefix_caching: bool = False
+    max_draft_tokens: int = 0
     num_preemptions: int = 0
+    num_accepted_tokens: int = 0
     num_cached_tokens: dict[str, int] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprob | None]] = field(default_factory=dict)
 
@@ -164,7 +167,8 @@ class Engine:
             groups, num_blocks, self.block_size, self.prefix_caching, self.max_num_batched_tokens
         )
         limits = SchedulerConfig(16, self.max_num_batched_tokens, 8192, self.chunk)
-        self.scheduler = Scheduler(limits, self.manager, lambda: 0.0)
+        speculator = NgramSpeculator(self.max_draft_tokens)
+        self.scheduler = Scheduler(limits, self.manager, speculator, lambda: 0.0)
         sampler = self.model.backend.sampler(self.model.config.vocab_size, ())
         kv = KVTensors(self.model.backend, groups, num_blocks, self.block_size)
         self.runner = ModelRunner(self.model, kv, sampler, self.max_num_batched_tokens)
@@ -188,7 +192,9 @@ class Engine:
                 self.num_cached_tokens[output.request_id] = output.num_cached_tokens
                 if output.prompt_logprobs is not None:
                     self.prompt_logprobs[output.request_id] = output.prompt_logprobs
-            self.num_preemptions += self.scheduler.take_counts().num_preemptions
+            counts = self.scheduler.take_counts()
+            self.num_preemptions += counts.num_preemptions
+            self.num_accepted_tokens += counts.num_accepted_tokens
             self.manager.check(self.scheduler.sequences)
             step += 1
         return [generated[request_id] for request_id in order]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -84,3 +85,30 @@ def test_in_bf16_neither_company_nor_preemption_nor_a_cached_prefix_changes_a_to
     assert preempting.num_preemptions > 0
     assert caching.generate(requests) == alone
     assert caching.generate(requests) == alone
+
+
+SAMPLING = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 1.0},
+    "truncated": {"temperature": 0.7, "top_p": 0.9, "logprobs": 2},
+    "penalised": {"temperature": 0.5, "repetition_penalty": 1.1, "frequency_penalty": -0.5},
+    "no-stop-before": {"temperature": 0.7, "min_tokens": 20, "stop_token_ids": tuple(range(0, 67, 5))},
+}
+
+
+@every_level
+@pytest.mark.parametrize("params", SAMPLING.values(), ids=SAMPLING)
+def test_in_bf16_guesses_change_no_token(params: dict[str, Any], level: str) -> None:
+    model = native_model("gemma3", level, torch.bfloat16)
+    requests = [
+        request(token_ids * 3, request_id=f"r{index}", seed=index, **params)
+        for index, token_ids in enumerate(PROMPTS)
+    ]
+    without = Engine(model).generate(requests)
+    longest = 3 * max(map(len, PROMPTS)) + 64
+    guessing = Engine(model, max_draft_tokens=5, chunk=16)
+    tight = Engine(model, max_draft_tokens=9, num_blocks=-(-longest // 4) + 1, chunk=7, prefix_caching=True)
+    assert guessing.generate(requests, arrive_every=20) == without
+    assert tight.generate(requests) == without
+    assert guessing.num_accepted_tokens > 0
+    assert tight.num_preemptions > 0

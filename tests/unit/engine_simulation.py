@@ -3,7 +3,7 @@
 `execute` writes one entry for each token it computes into the slot that the block tables name, and reads back
 all that attention would read. An entry is (position, fingerprint of all tokens up to it, salt), so a read of a
 stale, foreign, uncomputed or released slot fails at once. The next token depends on the history alone: whatever
-the scheduler did, the outputs must equal those of `generate_alone`.
+the scheduler did, and whatever was guessed, the outputs must equal those of `generate_alone`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from server.engine.models.config import KVGroupSpec
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence as EngineSequence
 from server.engine.sequence import SequenceStatus
+from server.engine.speculation import NgramSpeculator
 from server.engine.types import FinishReason, GenerateRequest, SamplingParams, SequenceOutput, TokenLogprob
 
 VOCAB_SIZE = 7
@@ -74,6 +75,37 @@ def generate_alone(request: GenerateRequest, max_sequence_tokens: int) -> tuple[
             return generated, FinishReason.LENGTH
 
 
+class HalfKnowing(NgramSpeculator):
+    """Knows how each sequence goes on, and is wrong from one of the tokens on, or from none."""
+
+    def __init__(self, max_tokens: int) -> None:
+        super().__init__(max_tokens)
+        self.known: set[EngineSequence] = set()
+        self.next_guess: tuple[int, ...] = ()
+        """Given in place of the next one, if there is room for it."""
+
+    def propose(self, seq: EngineSequence, limit: int) -> tuple[int, ...]:
+        self.known.add(seq)
+        if self.next_guess:
+            guess, self.next_guess = self.next_guess[: max(0, limit)], ()
+            return guess
+        fingerprint = fingerprints(seq.token_ids)[-1]
+        num_right = (fingerprint >> 20) % (limit + 1) if limit > 0 else 0
+        draft: list[int] = []
+        while len(draft) < limit:
+            error = 0 if len(draft) < num_right else 1
+            draft.append((next_token(fingerprint) + error) % VOCAB_SIZE)
+            fingerprint = hash((fingerprint, draft[-1]))
+        return tuple(draft)
+
+    def record(self, seq: EngineSequence, num_drafted: int, num_accepted: int) -> None:
+        assert seq in self.known
+        assert 0 <= num_accepted <= num_drafted > 0
+
+    def forget(self, seq: EngineSequence) -> None:
+        self.known.discard(seq)
+
+
 class SimulatedModel:
     """The storage behind the block tables, and the checks of every access to it."""
 
@@ -85,7 +117,10 @@ class SimulatedModel:
         """Request ids whose logits come out as NaN."""
 
     def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
-        entries = {scheduled.seq: self._entries(scheduled.seq) for scheduled in batch.sequences}
+        entries = {
+            scheduled.seq: self._entries(scheduled.seq.followed_by(scheduled.draft))
+            for scheduled in batch.sequences
+        }
         for scheduled in batch.sequences:
             for position in range(scheduled.start, scheduled.start + scheduled.num_new):
                 for group in range(len(self._windows)):
@@ -101,15 +136,15 @@ class SimulatedModel:
                     f"{seq.request_id} reads foreign entries in group {group}"
                 )
             if seq.params.prompt_logprobs is not None and not seq.num_generated:
-                for position in range(scheduled.start, end):
+                for position in range(scheduled.start, min(end, seq.num_prompt_tokens)):
                     known = TokenLogprob(seq.token_ids[position], -float(position), [])
                     seq.prompt_logprobs.append(known if position else None)
-            assert scheduled.samples == (end == seq.num_tokens)
-            if scheduled.samples:
-                error = "NaN" if seq.request_id in self.bad_rows else None
-                sampled.append(
-                    SampledToken(token_id=next_token(entries[seq][-1][1]), logprob=None, error=error)
-                )
+            assert scheduled.samples == (end == seq.num_tokens + len(scheduled.draft))
+            for _, fingerprint, _ in entries[seq][end - scheduled.num_sampled : end]:
+                if seq.request_id in self.bad_rows:
+                    sampled.append(SampledToken(token_id=-1, error="NaN"))
+                else:
+                    sampled.append(SampledToken(token_id=next_token(fingerprint)))
         return sampled
 
     def _entries(self, seq: EngineSequence) -> list[Entry]:
@@ -129,10 +164,13 @@ class Engine:
     config: SchedulerConfig
     kv: KVCacheManager
     model: SimulatedModel
+    speculator: HalfKnowing
     scheduler: Scheduler
     outputs: dict[str, list[SequenceOutput]]
     num_preemptions: int = 0
     num_cached_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     max_prefill_tokens: int = sys.maxsize
 
     def add(self, request: GenerateRequest) -> EngineSequence:
@@ -150,7 +188,12 @@ class Engine:
         assert batch.num_tokens <= self.config.max_num_batched_tokens
         assert self.scheduler.num_running <= self.config.max_num_seqs
         assert len(set(planned)) == len(planned)
-        assert all(0 < scheduled.num_new <= self.config.long_prefill_threshold for scheduled in batch.sequences)
+        for scheduled in batch.sequences:
+            num_known = scheduled.num_new - len(scheduled.draft)
+            assert 0 < num_known <= self.config.long_prefill_threshold
+        if batch.num_draft_tokens:
+            assert batch.num_tokens <= 1 + self.speculator.max_tokens
+            assert not batch.preempted, "one had to leave for a guess"
         for seq in decodes:
             assert seq in planned or seq.status is not SequenceStatus.RUNNING, "a decode was left out"
         assert not batch.preempted or set(planned) <= set(running), (
@@ -162,16 +205,22 @@ class Engine:
         for output in self.scheduler.update(batch, sampled):
             self.outputs.setdefault(output.request_id, []).append(output)
         self.kv.check(self.scheduler.sequences)
+        for seq in self.scheduler.sequences:
+            num_blocks = -(-seq.num_computed // self.kv.block_size)
+            assert all(len(table) == num_blocks for table in seq.block_tables), "a wrong guess keeps blocks"
         counts = self.scheduler.take_counts()
         assert counts.num_preemptions == len(batch.preempted)
         self.num_preemptions += counts.num_preemptions
         self.num_cached_tokens += counts.prefix_cache_hits
+        self.num_draft_tokens += counts.num_draft_tokens
+        self.num_accepted_tokens += counts.num_accepted_tokens
         return batch
 
     def run(self) -> None:
         while self.scheduler.has_work():
             self.step()
         assert set(self.kv.usage().values()) == {0.0}, "blocks leaked"
+        assert not self.speculator.known, "sequences that have ended are remembered"
 
     def generated(self, request_id: str) -> list[int]:
         return [token_id for output in self.outputs[request_id] for token_id in output.token_ids]
@@ -191,10 +240,13 @@ def make_engine(
     max_num_batched_tokens: int = 16,
     max_model_len: int = 1000,
     long_prefill_threshold: int = 16,
+    max_draft_tokens: int = 0,
 ) -> Engine:
     groups = groups_of(*windows)
     config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_model_len, long_prefill_threshold)
     kv = KVCacheManager(groups, num_blocks, block_size, enable_prefix_caching, max_num_batched_tokens)
     model = SimulatedModel(groups, num_blocks, block_size)
     ticks = itertools.count(1)
-    return Engine(config, kv, model, Scheduler(config, kv, clock=lambda: float(next(ticks))), outputs={})
+    speculator = HalfKnowing(max_draft_tokens)
+    scheduler = Scheduler(config, kv, speculator, clock=lambda: float(next(ticks)))
+    return Engine(config, kv, model, speculator, scheduler, outputs={})

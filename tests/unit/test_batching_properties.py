@@ -40,6 +40,7 @@ class EngineMachine(RuleBasedStateMachine):
         threshold=st.integers(1, 12),
         caching=st.booleans(),
         digest_bytes=st.sampled_from([0, 1, 32]),
+        max_draft_tokens=st.sampled_from([0, 1, 3, 8]),
     )
     def start(
         self,
@@ -51,6 +52,7 @@ class EngineMachine(RuleBasedStateMachine):
         threshold: int,
         caching: bool,
         digest_bytes: int,
+        max_draft_tokens: int,
     ) -> None:
         digest = hashing._digest
         self.monkeypatch.setattr(hashing, "_digest", lambda data: BlockHash(digest(data)[:digest_bytes]))
@@ -63,6 +65,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_num_batched_tokens=budget,
             max_model_len=50,
             long_prefill_threshold=threshold,
+            max_draft_tokens=max_draft_tokens,
         )
 
     @rule(
@@ -148,12 +151,19 @@ class TestEngine(EngineMachine.TestCase):  # type: ignore[misc]
 
 @pytest.mark.parametrize("windows", [(None,), (None, 6), (6,)])
 @pytest.mark.parametrize("digest_bytes", [0, 32])
+@pytest.mark.parametrize("max_draft_tokens", [0, 5])
 def test_a_crowd_with_shared_prefixes_and_disconnects_on_a_small_pool(
-    windows: tuple[int | None, ...], digest_bytes: int, monkeypatch: pytest.MonkeyPatch
+    windows: tuple[int | None, ...], digest_bytes: int, max_draft_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = hashing._digest
     monkeypatch.setattr(hashing, "_digest", lambda data: BlockHash(digest(data)[:digest_bytes]))
-    engine = make_engine(windows, [14] * len(windows), max_num_seqs=6, max_num_batched_tokens=12)
+    engine = make_engine(
+        windows,
+        [14] * len(windows),
+        max_num_seqs=6,
+        max_num_batched_tokens=12,
+        max_draft_tokens=max_draft_tokens,
+    )
     chance = random.Random(7)
     requests, aborted = {}, set()
     for number in range(300):
@@ -174,3 +184,4 @@ def test_a_crowd_with_shared_prefixes_and_disconnects_on_a_small_pool(
     assert len(aborted) > 5
     assert engine.num_preemptions > 5
     assert engine.num_cached_tokens > 500 or digest_bytes == 0
+    assert engine.num_accepted_tokens > 100 or max_draft_tokens == 0

@@ -62,3 +62,19 @@ def test_rows_are_not_asked_for_where_nobody_wants_them_or_they_were_delivered()
     recomputed = sequence([1, 2, 3], [[1]], prompt_logprobs=0)
     recomputed.token_ids.append(4)
     assert missing_prompt_rows(ScheduledSequence(recomputed, 0, 4, samples=True)) is None
+
+
+def test_a_draft_follows_what_is_known_and_every_row_from_the_last_known_on_is_sampled() -> None:
+    guessing = sequence([30, 31, 32], [[4, 7]])
+    chunk = sequence([40, 41, 42, 43], [[3, 5]])
+    batch = [
+        ScheduledSequence(guessing, 2, 4, samples=True, draft=(50, 51, 52)),
+        ScheduledSequence(chunk, 0, 3, samples=False),
+        ScheduledSequence(chunk, 2, 3, samples=True, draft=(60,)),
+    ]
+    inputs = build_inputs(batch, [], num_groups=1, block_size=4)
+    assert inputs.token_ids.tolist() == [32, 50, 51, 52, 40, 41, 42, 42, 43, 60]
+    assert inputs.positions.tolist() == [2, 3, 4, 5, 0, 1, 2, 2, 3, 4]
+    assert inputs.output_rows.tolist() == [0, 1, 2, 3, 8, 9]
+    assert inputs.attention[0].seq_lens.tolist() == [6, 3, 5]
+    assert inputs.attention[0].slot_mapping.tolist()[:4] == [18, 19, 28, 29]

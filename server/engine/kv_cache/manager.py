@@ -131,9 +131,14 @@ class KVCacheManager:
         return True
 
     def commit(self, seq: Sequence) -> None:
-        """After the forward pass: publish full blocks below `num_computed`, release those out of sight."""
+        """After the forward pass: publish full blocks below `num_computed`, release those out of sight and
+        those for tokens of a draft that was wrong."""
         if self.uses_prefix_cache(seq):
             self._publish(seq)
+        num_blocks = _ceil_div(seq.num_computed, self.block_size)
+        for pool, table in zip(self._pools, seq.block_tables, strict=True):
+            pool.release(table[num_blocks:])
+            del table[num_blocks:]
         for group, window in self._sliding:
             table, last = seq.block_tables[group], self._first_visible(window, seq.num_computed) - 1
             while last >= 0 and table[last] != NULL_BLOCK:
