@@ -156,11 +156,13 @@ def test_commands_in_the_docs_exist(page: Path) -> None:
 def test_options_in_the_docs_exist(page: Path) -> None:
     server = {option_name(name) for name in [*ServerConfig.model_fields, "config"]}
     switches = {f"--no-{name[2:]}" for name in server}
-    load_generator = set(
-        re.findall(r'"(--[a-z-]+)"', (ROOT / "benchmarks" / "load.py").read_text(encoding="utf-8"))
-    )
+    benchmarks = {
+        option
+        for path in (ROOT / "benchmarks" / "load.py", ROOT / "benchmarks" / "peers" / "run.py")
+        for option in re.findall(r'"(--[a-z-]+)"', path.read_text(encoding="utf-8"))
+    }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text(encoding="utf-8")))
-    assert named - {"--help", "--upgrade", "--no-"} <= server | switches | load_generator
+    assert named - {"--help", "--upgrade", "--no-"} <= server | switches | benchmarks
 
 
 @pytest.mark.parametrize("page", _pages(), ids=lambda page: str(page.relative_to(ROOT)))

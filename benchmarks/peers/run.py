@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument(
-        "--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), help="2b takes 10 GB of disk and more"
+        "--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), help="2b takes 15 GB of disk"
     )
     parser.add_argument("--variants", nargs="+", metavar="NAME", help='such as "llama.cpp Q8_0"; default: all')
     parser.add_argument(
