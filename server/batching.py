@@ -186,14 +186,18 @@ class Scheduler:
     def schedule(self, max_prefill_tokens: int = sys.maxsize) -> ScheduledBatch:
         """Plan a step and take the KV blocks for it. `update` must follow, even if nothing is planned.
 
-        max_prefill_tokens: tokens of chunks in a step that has sequences with one token, too.
+        max_prefill_tokens: tokens of chunks in a step that has sequences with one token, too; as many times
+        that as there are prompts for each of those, since they wait as well.
         """
         plan: dict[Sequence, ScheduledSequence] = {}
         preempted: list[Sequence] = []
         budget = self._config.max_num_batched_tokens
         num_streams = sum(seq.num_tokens - seq.num_computed == 1 for seq in self._running)
         if num_streams > 0:
-            budget = min(budget, num_streams + max_prefill_tokens)
+            num_seated = min(len(self._running) + len(self._waiting), self._config.max_num_seqs)
+            num_prompts = num_seated - num_streams
+            # Each sequence's waiting counts alike: one stream does not hold up thirty prompts.
+            budget = min(budget, num_streams + max_prefill_tokens * max(1, num_prompts // num_streams))
         for seq in sorted(self._running, key=lambda seq: seq.num_tokens - seq.num_computed > 1):
             if budget == 0:
                 break

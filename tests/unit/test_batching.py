@@ -66,6 +66,17 @@ def test_beside_running_streams_prompts_get_no_more_than_they_are_given() -> Non
     assert planned(engine)[2:] == [("long", 3, 10, False), ("other", 0, 2, False)]
 
 
+def test_prompts_that_outnumber_the_streams_get_as_many_times_more() -> None:
+    engine = make_engine(max_num_batched_tokens=50, long_prefill_threshold=10, max_num_seqs=6)
+    engine.max_prefill_tokens = 3
+    for request_id in "ab":
+        engine.add(make_request(request_id, [1, 2]))
+    engine.step()
+    for request_id in ("w", "x", "y", "z", "no seat"):
+        engine.add(make_request(request_id, range(100, 140)))
+    assert planned(engine)[2:] == [("w", 0, 6, False)], "four prompts for two streams"
+
+
 def test_several_long_prompts_share_the_budget_in_order_of_arrival() -> None:
     engine = make_engine(max_num_batched_tokens=10, long_prefill_threshold=4)
     for number, request_id in enumerate("abc"):
