@@ -115,7 +115,8 @@ def _for_scaling(launch: Launch, sizes: Sizes) -> Launch:
     return Launch((*launch.command, *seats), launch.health, launch.environment)
 
 
-async def run_all(choices: list[Choice], complete: bool, folder: Path) -> dict[str, Any]:
+def run_all(choices: list[Choice], complete: bool, folder: Path, path: Path) -> dict[str, Any]:
+    """Run everything; `path` has the results so far after each variant, in case the rest is cut off."""
     engines = Engines(folder)
     for choice in choices:  # Install and convert everything before the first measurement.
         engines.launch(choice)
@@ -141,7 +142,8 @@ async def run_all(choices: list[Choice], complete: bool, folder: Path) -> dict[s
     }
     for choice in choices:
         print(f"{choice.variant.name}, {choice.weights}", flush=True)
-        result["runs"].append(await measure(choice, engines, folder))
+        result["runs"].append(asyncio.run(measure(choice, engines, folder)))
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
@@ -220,13 +222,12 @@ def main() -> int:
             for choice in choices:
                 engines.launch(choice)
             return 0
-        result = asyncio.run(run_all(choices, complete, arguments.folder))
+        path = RESULTS / f"peers-{time.strftime('%Y-%m-%dT%H%M%S')}.json"
+        path.parent.mkdir(exist_ok=True)
+        result = run_all(choices, complete, arguments.folder, path)
     except InstallError as error:
         print(error, file=sys.stderr)
         return 1
-    path = RESULTS / f"peers-{time.strftime('%Y-%m-%dT%H%M%S')}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"\n{report.section(result)}\nwritten to {path.relative_to(ROOT)}")
     if complete if arguments.write_docs is None else arguments.write_docs:
         write_docs(result)

@@ -90,6 +90,16 @@ async def test_a_closed_loop_keeps_exactly_so_many_requests_under_way() -> None:
     assert most == 4
 
 
+async def test_after_its_budget_a_closed_loop_starts_nothing_more_but_has_sent_each_ones_first() -> None:
+    async def send(_: str) -> RequestRecord:
+        await asyncio.sleep(0.02)
+        return RequestRecord(sent_at=0.0, finished_at=1.0)
+
+    requests = [str(number) for number in range(20)]
+    assert len(await closed_loop(send, requests, concurrency=4, budget=0.0)) == 4
+    assert len(await closed_loop(send, requests, concurrency=4, budget=60.0)) == 20
+
+
 async def test_an_open_loop_does_not_wait_for_answers() -> None:
     released = asyncio.Event()
     arrived: list[str] = []
@@ -253,6 +263,16 @@ async def test_a_run_sends_what_was_asked_for_and_counts_what_came_back(load: di
     assert report.output_tokens_per_second == pytest.approx(48 / report.wall_seconds)
     assert report.ttft_ms.p50 is not None
     assert report.settings["prompt_tokens"] == 20
+
+
+async def test_requests_take_turns_with_the_fields_that_were_given() -> None:
+    fields = ({"presence_penalty": 0.5, "logprobs": 5}, {"temperature": 0.7}, {})
+    async with fake_server() as server:
+        await run_load(
+            LoadSettings(url=server.url, model="m", requests=5, warmup=1, concurrency=1, fields=fields)
+        )
+    assert [request.get("logprobs") for request in server.requests] == [5, None, None] * 2
+    assert [request["temperature"] for request in server.requests] == [0.0, 0.7, 0.0] * 2
 
 
 async def test_a_refusal_is_counted_and_shown() -> None:

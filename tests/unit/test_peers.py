@@ -87,8 +87,8 @@ def stream(*chunk_times: float, tokens: int = 1) -> RequestRecord:
 def test_gaps_count_as_undisturbed_before_the_first_long_prompt_and_as_disturbed_until_the_last_answer() -> (
     None
 ):
-    # The second stream begins at 1.0, so that the first one's gap of 0.5 before it is not counted.
-    streams = [stream(0.5, 1.0, 1.1, 1.4, 2.4, 9.0), stream(1.0, 1.1, 1.2, 1.9, 2.3)]
+    # The second stream begins at 1.0, so that the gaps of 0.3 before it are not counted.
+    streams = [stream(0.1, 0.4, 0.7, 1.0, 1.1, 1.4, 2.4, 9.0), stream(1.0, 1.1, 1.2, 1.9, 2.3)]
     figures = interference_figures(streams, [RequestRecord(1.2, 1.9), RequestRecord(1.9, 2.4)]).figures
     assert figures["interference.undisturbed_ms"] == pytest.approx(100)
     # 0.3, 1.0, 0.7 and 0.4 s: NumPy's 99th percentile of four values lies 0.97 of the way from 0.7 to 1.0.
