@@ -79,7 +79,8 @@ struct Product {
     bool add;                   // the product to what is in sums, or overwrite it
 };
 
-// Bytes ahead of the weights that are multiplied by now. Where a panel ends, the next one begins.
+// Bytes ahead of the weights that are multiplied by now, in each of four panels at once, and further in fewer: what is
+// under way has to last for as long as memory takes to answer. Where a panel ends, the next one begins.
 constexpr int kPrefetch = 1024;
 
 // The part of P panels that one segment of the inputs is multiplied by.
@@ -251,11 +252,12 @@ inline void multiply_all(const Product<W>& product, int64_t rows, int64_t num_pa
             const Multiply<W> function = whole && same ? Multipliers<W>::many[count] : Multipliers<W>::one[count];
             const auto* x = product.x + row * product.x_stride;
             float* out = product.sums + row * product.sums_stride;
+            const int64_t together = whole && same ? step : 1;
             // The first block may have to wait for the weights. Those after it find them in the cache, and have
             // the next panels' fetched meanwhile.
             const int64_t next_panels = step * product.panel_stride * int64_t(sizeof(W));
-            const int64_t prefetch = block == 0 ? kPrefetch : next_panels;
-            for (int64_t p = panel; p < panel + (whole ? step : 1); p += whole && same ? step : 1)
+            const int64_t prefetch = block == 0 ? 4 * kPrefetch / together : next_panels;
+            for (int64_t p = panel; p < panel + (whole ? step : 1); p += together)
                 function(product, x, p, out + p * product.sums_panel_stride, prefetch);
             row += count;
         }
