@@ -79,7 +79,9 @@ inline void _mm512_storeu_si512(void* p, __m512i a) {
     _mm256_storeu_si256(halves + 1, a.high);
 }
 inline __m512 _mm512_setzero_ps() { return _mm512_set1_ps(0.0f); }
-inline __m512i _mm512_setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int i, int j, int k, int l, int m, int n, int o, int p) {
+inline __m512i _mm512_setr_epi32(
+    int a, int b, int c, int d, int e, int f, int g, int h, int i, int j, int k, int l, int m, int n, int o, int p
+) {
     return {_mm256_setr_epi32(a, b, c, d, e, f, g, h), _mm256_setr_epi32(i, j, k, l, m, n, o, p)};
 }
 

@@ -233,6 +233,16 @@ def test_a_token_without_probability_is_never_drawn(kind, u, monkeypatch):
     assert token in {100, 1000, 3000}
 
 
+@pytest.mark.parametrize("few", [1, 256])
+@pytest.mark.parametrize(("u", "token"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (draw.LARGEST_UNIFORM, 3)])
+def test_a_number_on_the_border_of_two_tokens_draws_the_second(u, token, few, monkeypatch):
+    draw_with(monkeypatch, u)
+    look_at_few(monkeypatch, few)
+    logits = torch.zeros(1, 1024)
+    logits[0, 4:] = -1.0
+    assert tokens(logits, [sequence(top_k=4)]) == tokens(logits, [sequence(min_p=0.5)]) == [token]
+
+
 def test_suppressed_ids_and_rows_that_pad_the_vocabulary_are_never_chosen():
     logits = torch.zeros(200, 64)
     logits[:, [3, 60, 63]] = 9.0
@@ -306,6 +316,10 @@ def test_min_p_is_relative_to_the_likeliest_token_after_temperature():
     assert support(logits, {"min_p": 0.59}) == {0, 1}
     assert support(logits, {"min_p": 0.61}) == {0}
     assert support(logits, {"min_p": 0.61, "temperature": 2.0}) == {0, 1}  # sqrt(0.6) = 0.77, sqrt(0.3) = 0.55
+
+
+def test_a_min_p_of_one_keeps_all_that_are_as_likely_as_the_likeliest():
+    assert support(row(1.0, 0.5, 1.0, 1.0), {"min_p": 1.0}) == {0, 2, 3}
 
 
 def test_a_bias_of_100_makes_a_token_certain_and_minus_100_bans_it():

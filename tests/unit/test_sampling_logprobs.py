@@ -83,14 +83,34 @@ def test_no_rows_give_no_logprobs():
     assert gather_logprobs(torch.empty(0, 10), [], []) == []
 
 
-def test_the_sampler_reports_the_models_own_logprobs_of_the_token_it_chose():
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logit_bias": {9: 100.0}, "prompt": (3, 9), "repetition_penalty": 2.0},
+        {"logit_bias": {5: 1.0}, "generated": (8, 9, 9), "frequency_penalty": -50.0},
+    ],
+    ids=["biased", "seen"],
+)
+def test_the_sampler_reports_the_models_own_logprobs_of_the_token_it_chose(changes):
     logits = random_logits(1, 200)
-    seq = sequence(
-        prompt=(3,), temperature=0.5, top_k=5, logit_bias={9: 100.0}, repetition_penalty=2.0, logprobs=2
-    )
+    seq = sequence(temperature=0.5, top_k=5, logprobs=2, **changes)
     [result] = make_sampler(200, (4,)).sample(logits.clone(), [seq])
     assert result.token_id == 9
     assert result.logprob == gather_logprobs(logits, [9], [2])[0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_p", [0.8, 1.0])
+def test_asking_for_logprobs_changes_no_token(temperature, top_p):
+    logits = random_logits(60, 1000)
+    params = {"temperature": temperature, "top_p": top_p, "logit_bias": {3: 5.0}}
+    plain, reporting = (
+        make_sampler(1000, (2,)).sample(
+            logits.clone(), [sequence(seed=seed, **params, **asked) for seed in range(60)]
+        )
+        for asked in ({}, {"logprobs": 1})
+    )
+    assert [result.token_id for result in reporting] == [result.token_id for result in plain]
 
 
 def test_only_sequences_that_ask_get_logprobs():

@@ -2,16 +2,17 @@
 //
 // Laws, beside those of calls.h:
 // - A row is one thread's. What is sampled of it is a function of the row and its SampleRow, on every level.
-// - No row is sorted. The largest logit of each block leads to the few candidates that a peaked row needs; where more
-//   are needed, they are tallied in parts of neighbouring logits, and only the part where a sum is reached is opened.
-// - A cumulative weight never falls, and what is drawn has a weight above zero: where a sum passes a threshold that it
-//   had not passed before, something was added.
+// - No row is sorted. The largest logit of each block leads to the few candidates that a peaked row needs; where
+//   more are needed, they are tallied in parts of neighbouring logits, and only the part where a sum is reached is
+//   opened.
+// - A cumulative weight never falls, and what is drawn has a weight above zero: where a sum passes a threshold that
+//   it had not passed before, something was added.
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
-#include <utility>
 
 #include "sampling_calls.h"
 #include "thread_pool.h"
@@ -94,10 +95,11 @@ Scale scale_of(double temperature) {
     return {high, float(factor - double(high)), float(-125.0 / factor)};
 }
 
-class Row {
-public:
-    Row(const RowKernels& kernels, Scratch& scratch, const float* logits, int64_t count)
-        : kernels(kernels), scratch(scratch), logits(logits), count(count) {}
+struct Row {
+    const RowKernels& kernels;
+    Scratch& scratch;
+    const float* logits;
+    int64_t count;
 
     // Learns of the blocks, their masses only with a scale.
     void look(const Scale* scale) const { kernels.blocks(logits, count, scale, scratch.blocks); }
@@ -129,11 +131,6 @@ public:
         std::nth_element(largest, largest + rank - 1, largest + groups, std::greater<>());
         return largest[rank - 1];
     }
-
-    const RowKernels& kernels;
-    Scratch& scratch;
-    const float* const logits;
-    const int64_t count;
 };
 
 float rounded_down(double x) {
@@ -376,7 +373,9 @@ private:
 };
 
 // Draws from a list short enough to be sorted. `mass` is the whole row's, or NaN for the list's.
-int64_t draw_from_few(const Row& row, const SampleRow& params, float largest, int64_t count, int64_t top_k, double mass) {
+int64_t draw_from_few(
+    const Row& row, const SampleRow& params, float largest, int64_t count, int64_t top_k, double mass
+) {
     const List list = row.scratch.lists[0];
     uint64_t* keys = row.scratch.keys;
     for (int64_t i = 0; i < count; ++i) keys[i] = key_of(list.values[i], list.ids[i]);
@@ -469,13 +468,13 @@ void sample_row(const SampleCall& call, int64_t index, Scratch& scratch) {
 
     LogSoftmax softmax{};
     if (report) {
-        const Row whole(*call.kernels, scratch, logits, call.columns);
+        const Row whole{*call.kernels, scratch, logits, call.columns};
         whole.look(&scale_of_one);
         const int64_t top = index * call.top_width;
         softmax =
             log_softmax(whole, scale_of_one, params.num_top, result, call.top_ids + top, call.top_logprobs + top);
     }
-    const Row row(*call.kernels, scratch, logits, call.vocab_size);
+    const Row row{*call.kernels, scratch, logits, call.vocab_size};
     const bool known = report && call.columns == call.vocab_size && (!masses || params.temperature == 1);
     if (!known) row.look(masses);
     adjust(logits, call, params, row);
@@ -509,7 +508,7 @@ void logprobs(Team& team, const LogprobsCall& call) {
     const Scale scale = scale_of(1.0);
     for (int64_t index, end; team.next(call.rows, 1, index, end);) {
         const float* logits = call.logits + index * call.columns;
-        const Row row(*call.kernels, scratch, logits, call.columns);
+        const Row row{*call.kernels, scratch, logits, call.columns};
         row.look(&scale);
         const int64_t top = index * call.top_width;
         SampleResult& result = call.results[index];

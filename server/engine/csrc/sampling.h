@@ -317,7 +317,9 @@ inline void list_tally(
     for (int64_t first = 0; first < count; first += kTalliedAtOnce) {
         const int64_t n = count - first < kTalliedAtOnce ? count - first : kTalliedAtOnce;
         if (scale) list_weights(x + first, n, largest, *scale, weights);
-        over(n, [&](int64_t i, int64_t some) { store_whole(parts + i, place(load_some(x + first + i, some), partition)); });
+        over(n, [&](int64_t i, int64_t some) {
+            store_whole(parts + i, place(load_some(x + first + i, some), partition));
+        });
         for (int64_t i = 0; i < n; ++i) sums[parts[i]] += double(weights[i]);
     }
 }
@@ -335,7 +337,8 @@ inline int64_t list_part(List list, int64_t count, Partition partition, int64_t 
 }
 
 constexpr RowKernels row_kernels = {
-    look_at_blocks, look_at_marked, mask, first_largest, shares, gather, list_weights, list_range, list_tally, list_part,
+    look_at_blocks, look_at_marked, mask,       first_largest, shares,
+    gather,         list_weights,   list_range, list_tally,    list_part,
 };
 
 }  // namespace gemma::GEMMA_LEVEL

@@ -52,14 +52,16 @@ struct RowKernels {
     int64_t (*first_largest)(const float* x, int64_t count);
     // The masses of all blocks beside `largest`; returns their sum.
     double (*shares)(Blocks blocks, int64_t num_blocks, float largest, const Scale& scale, float* shares);
-    // Lists what is at least `bound`. Returns its number, and in `lowest` the smallest of it.
+    // Lists what is at least `bound`. Returns its number; `lowest` is the smallest of it.
     int64_t (*gather)(const float* row, int64_t count, const float* maxima, float bound, List out, float& lowest);
     // Beside `largest`.
     void (*weights)(const float* x, int64_t count, float largest, const Scale& scale, float* weights);
     // count > 0
     Range (*range)(const float* x, int64_t count);
     // The sum of the weights beside `largest` of each part; or, if scale is null, how many are in it.
-    void (*tally)(const float* x, int64_t count, Partition partition, float largest, const Scale* scale, double* sums);
+    void (*tally)(
+        const float* x, int64_t count, Partition partition, float largest, const Scale* scale, double* sums
+    );
     // Lists what is in a part. Returns its number.
     int64_t (*part)(List list, int64_t count, Partition partition, int64_t part, List out);
 };
