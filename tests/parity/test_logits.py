@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from server.engine.dtype import DType
 from tests.parity.harness import (
     CONFIGS,
     VOCAB,
@@ -84,7 +85,7 @@ def test_bf16_loses_no_more_than_transformers_in_bf16_does(name: str) -> None:
     in_bf16 = copy.deepcopy(hf_model(name)).to(torch.bfloat16)
     exact = logits_of(copy.deepcopy(in_bf16).float(), token_ids)
     theirs = logits_of(in_bf16, token_ids)
-    ours = our_logits(our_model(name, torch.bfloat16), token_ids, chunk=LENGTH, block_size=4)
+    ours = our_logits(our_model(name, DType.BFLOAT16), token_ids, chunk=LENGTH, block_size=4)
     assert mean_square(ours - exact) < 1.5 * mean_square(theirs - exact)
 
 
