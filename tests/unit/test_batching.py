@@ -53,20 +53,20 @@ def test_decodes_come_before_a_long_prefill_that_arrived_earlier() -> None:
 
 
 def test_beside_running_streams_prompts_get_no_more_than_they_are_given() -> None:
-    engine = make_engine(max_num_batched_tokens=20, long_prefill_threshold=10)
+    engine = make_engine(max_num_batched_tokens=20, long_prefill_threshold=10, max_num_seqs=10)
     engine.max_prefill_tokens = 3
-    engine.add(make_request("a", [1, 2]))
-    engine.add(make_request("b", [3, 4]))
-    assert planned(engine) == [("a", 0, 2, True), ("b", 0, 2, True)], "nobody runs yet"
+    streams = "abcdefgh"
+    for request_id in streams:
+        engine.add(make_request(request_id, [1, 2]))
+    engine.step()
     engine.add(make_request("long", range(100, 140)))
     engine.add(make_request("other", range(200, 240)))
-    streams = [("a", 2, 1, True), ("b", 2, 1, True)]
-    assert planned(engine) == [*streams, ("long", 0, 3, False)]
+    assert planned(engine)[len(streams) :] == [("long", 0, 3, False)]
     engine.max_prefill_tokens = 12
-    assert planned(engine)[2:] == [("long", 3, 10, False), ("other", 0, 2, False)]
+    assert planned(engine)[len(streams) :] == [("long", 3, 10, False), ("other", 0, 2, False)]
 
 
-def test_prompts_that_outnumber_the_streams_get_as_many_times_more() -> None:
+def test_prompts_that_crowd_the_streams_get_more_in_proportion() -> None:
     engine = make_engine(max_num_batched_tokens=50, long_prefill_threshold=10, max_num_seqs=6)
     engine.max_prefill_tokens = 3
     for request_id in "ab":
@@ -74,7 +74,8 @@ def test_prompts_that_outnumber_the_streams_get_as_many_times_more() -> None:
     engine.step()
     for request_id in ("w", "x", "y", "z", "no seat"):
         engine.add(make_request(request_id, range(100, 140)))
-    assert planned(engine)[2:] == [("w", 0, 6, False)], "four prompts for two streams"
+    # Four prompts have seats beside two streams: 3 * 4 * 4 / 2 tokens.
+    assert planned(engine)[2:] == [("w", 0, 10, False), ("x", 0, 10, False), ("y", 0, 4, False)]
 
 
 def test_several_long_prompts_share_the_budget_in_order_of_arrival() -> None:
