@@ -30,9 +30,8 @@ from server.engine.types import FinishReason, SequenceOutput
 SPARE_FOR_RUNNING = 0.01
 """Share of each pool that admissions leave free, lest the growth of what runs preempts them at once."""
 
-PROMPTS_BEFORE_STREAMS = 4
-"""Up to one prompt for so many streams, prompts get no more than `max_prefill_tokens`; beyond, in proportion. A
-prompt that waits has nothing yet, while a stream only slows down."""
+STREAMS_PER_PROMPT = 4
+"""With fewer streams for each prompt, prompts get more than `max_prefill_tokens`, in proportion."""
 
 
 class NeverFitsError(ValueError):
@@ -190,8 +189,7 @@ class Scheduler:
     def schedule(self, max_prefill_tokens: int = sys.maxsize) -> ScheduledBatch:
         """Plan a step and take the KV blocks for it. `update` must follow, even if nothing is planned.
 
-        max_prefill_tokens: tokens of chunks in a step that has sequences with one token, too. Where many
-        prompts wait for few of those, it is as many times more as PROMPTS_BEFORE_STREAMS says.
+        max_prefill_tokens: tokens of chunks beside sequences with one token; but see STREAMS_PER_PROMPT.
         """
         plan: dict[Sequence, ScheduledSequence] = {}
         preempted: list[Sequence] = []
@@ -199,7 +197,7 @@ class Scheduler:
         num_streams = sum(seq.num_tokens - seq.num_computed == 1 for seq in self._running)
         if num_streams > 0:
             num_seated = min(len(self._running) + len(self._waiting), self._config.max_num_seqs)
-            crowding = PROMPTS_BEFORE_STREAMS * (num_seated - num_streams) / num_streams
+            crowding = STREAMS_PER_PROMPT * (num_seated - num_streams) / num_streams
             budget = min(budget, num_streams + int(max_prefill_tokens * max(1.0, crowding)))
         for seq in sorted(self._running, key=lambda seq: seq.num_tokens - seq.num_computed > 1):
             if budget == 0:
