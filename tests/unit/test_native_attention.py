@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.engine.backend.base import AttentionLayer
 from server.engine.inputs import AttentionMetadata, ModelInputs
 from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
 from tests.one_torch_thread import one_torch_thread
@@ -48,7 +49,7 @@ class Attention:
         norms = [
             backend.prepare_norm(0.2 * normal(spec.head_dim, seed=seed)) if qk_norm else None for seed in (8, 9)
         ]
-        self.layer: Any = backend.prepare_attention(LayerSpec(spec, 1e4, 2.0), 0, *norms, 1e-6)
+        self.layer: Any = AttentionLayer.of(LayerSpec(spec, 1e4, 2.0), 0, *norms, 1e-6)
         self.num_blocks = 0
         self.poison = poison
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.backend.reference import ReferenceBackend, ReferenceStep, Rope, rope_angles
+from server.engine.backend.base import Rope
+from server.engine.backend.reference import ReferenceBackend, ReferenceStep, rope_angles
 from server.engine.backend.reference_attention import KVCache, paged_attention, plan_attention
 from server.engine.backend.scratch import Scratch
 from server.engine.backend.upcast import UpcastMatmul

@@ -14,11 +14,12 @@ Laws:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from server.engine.dtype import DType
 from server.engine.inputs import ModelInputs
-from server.engine.models.config import KVGroupSpec, LayerSpec
+from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence as EngineSequence
 from server.engine.types import TokenLogprob
@@ -32,8 +33,6 @@ TableT = TypeVar("TableT")
 """A prepared embedding, which is read by rows and, as the output matrix, whole."""
 NormT = TypeVar("NormT")
 """A prepared norm weight."""
-AttentionT = TypeVar("AttentionT")
-"""A prepared attention layer."""
 CacheT = TypeVar("CacheT")
 """The keys and values of one layer, all blocks."""
 ArrayT = TypeVar("ArrayT")
@@ -45,6 +44,34 @@ LogitsT = TypeVar("LogitsT")
 AnyLogitsT = TypeVar("AnyLogitsT", contravariant=True)
 StepT = TypeVar("StepT")
 """A step's arrays and what was derived from them."""
+
+
+class Rope(NamedTuple):
+    """One kind of rotary embedding; layers that share it share its angles."""
+
+    head_dim: int
+    theta: float
+    scale: float
+    """Positions are divided by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayer(Generic[NormT]):
+    spec: AttentionSpec
+    rope: Rope
+    group: int
+    """Which of the model's KV groups the layer belongs to."""
+    q_norm: NormT | None
+    """None: no norm; so with k_norm."""
+    k_norm: NormT | None
+    eps: float
+
+    @classmethod
+    def of(
+        cls, layer: LayerSpec, group: int, q_norm: NormT | None, k_norm: NormT | None, eps: float
+    ) -> AttentionLayer[NormT]:
+        rope = Rope(layer.attention.head_dim, layer.rope_theta, layer.rope_scale)
+        return cls(layer.attention, rope, group, q_norm, k_norm, eps)
 
 
 class TokenSampler(Protocol[AnyLogitsT]):
@@ -59,7 +86,7 @@ class TokenSampler(Protocol[AnyLogitsT]):
         """The log-softmax at chosen[i] and at the num_top[i] likeliest of row i."""
 
 
-class Backend(Protocol[LinearT, TableT, NormT, AttentionT, CacheT, ArrayT, HiddenT, LogitsT, StepT]):
+class Backend(Protocol[LinearT, TableT, NormT, CacheT, ArrayT, HiddenT, LogitsT, StepT]):
     name: str
     dtype: DType
 
@@ -73,11 +100,6 @@ class Backend(Protocol[LinearT, TableT, NormT, AttentionT, CacheT, ArrayT, Hidde
 
     def prepare_norm(self, weight: Tensor) -> NormT:
         """weight: [width] as checkpoints hold it, so that the norm multiplies by 1 + weight."""
-
-    def prepare_attention(
-        self, spec: LayerSpec, group: int, q_norm: NormT | None, k_norm: NormT | None, eps: float
-    ) -> AttentionT:
-        """group: which of the model's KV groups the layer belongs to. q_norm and k_norm: None for no norm."""
 
     def kv_bytes_per_block(self, group: KVGroupSpec, block_size: int) -> int:
         """Bytes that one block takes in all layers of the group together."""
@@ -110,7 +132,7 @@ class Backend(Protocol[LinearT, TableT, NormT, AttentionT, CacheT, ArrayT, Hidde
     ) -> tuple[ArrayT, ArrayT]:
         """(residual + update, rms_norm(residual + update)); may overwrite both arguments."""
 
-    def attention(self, qkv: ArrayT, layer: AttentionT, cache: CacheT, step: StepT) -> ArrayT:
+    def attention(self, qkv: ArrayT, layer: AttentionLayer[NormT], cache: CacheT, step: StepT) -> ArrayT:
         """All between the fused projection and the output projection.
 
         Normalises q and k where the layer does, rotates them, stores k and v in their slots, attends.
@@ -129,7 +151,7 @@ class Backend(Protocol[LinearT, TableT, NormT, AttentionT, CacheT, ArrayT, Hidde
         """
 
 
-AnyBackend = Backend[Any, Any, Any, Any, Any, Any, Any, Any, Any]
+AnyBackend = Backend[Any, Any, Any, Any, Any, Any, Any, Any]
 """A back end as its user sees it, to whom its forms are opaque."""
 
 PreparedWeights = Mapping[str, Any]

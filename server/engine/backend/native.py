@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from server.engine.backend.base import AttentionLayer
 from server.engine.backend.memory import Bytes, huge_pages, zeros_on_demand
 from server.engine.backend.native_calls import (
     BF16,
@@ -36,10 +37,10 @@ from server.engine.backend.native_calls import (
     declare,
 )
 from server.engine.backend.native_library import NativeUnavailableError, library_name, load_library
-from server.engine.backend.native_program import Array, Recording, Register, Rope
+from server.engine.backend.native_program import Array, Recording, Register
 from server.engine.dtype import DType
 from server.engine.inputs import ModelInputs
-from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
+from server.engine.models.config import KVGroupSpec
 from server.engine.sampling.native_sampler import NativeSampler
 
 if TYPE_CHECKING:
@@ -74,18 +75,6 @@ class PackedKV:
 
     keys: Bytes
     values: Bytes
-
-
-@dataclass(frozen=True, slots=True)
-class NativeAttention:
-    """A prepared attention layer; its norms multiply by the fp32 [head_dim] that they hold."""
-
-    spec: AttentionSpec
-    rope: Rope
-    group: int
-    q_norm: Floats | None
-    k_norm: Floats | None
-    eps: float
 
 
 class NativeBackend:
@@ -146,12 +135,6 @@ class NativeBackend:
     def prepare_norm(self, weight: Tensor) -> Floats:
         norm: Floats = weight.float().numpy() + np.float32(1.0)
         return norm
-
-    def prepare_attention(
-        self, spec: LayerSpec, group: int, q_norm: Floats | None, k_norm: Floats | None, eps: float
-    ) -> NativeAttention:
-        rope = Rope(spec.attention.head_dim, spec.rope_theta, spec.rope_scale)
-        return NativeAttention(spec.attention, rope, group, q_norm, k_norm, eps)
 
     def kv_bytes_per_block(self, group: KVGroupSpec, block_size: int) -> int:
         per_slot = 2 * group.num_kv_heads * _padded(group.head_dim) * self.dtype.itemsize
@@ -216,7 +199,9 @@ class NativeBackend:
         update.recording.append(call, x=update, residual=residual, out=update)
         return residual, update
 
-    def attention(self, qkv: Register, layer: NativeAttention, cache: PackedKV, step: Recording) -> Register:
+    def attention(
+        self, qkv: Register, layer: AttentionLayer[Floats], cache: PackedKV, step: Recording
+    ) -> Register:
         spec = layer.spec
         out = step.register(spec.num_heads * spec.head_dim)
         call = AttentionCall(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from server.engine.backend.base import Rope
 from server.engine.backend.memory import zeros_on_demand
 from server.engine.backend.native_calls import (
     KINDS,
@@ -40,19 +41,6 @@ class Register:
 
     recording: Recording
     width: int
-
-
-class Rope(NamedTuple):
-    """One kind of rotary embedding; layers that share it share its angles."""
-
-    head_dim: int
-    theta: float
-    scale: float
-
-    def frequencies(self) -> Array:
-        """Radians per position, fp32 [head_dim / 2]: Su et al., arXiv 2104.09864, with linear scaling."""
-        exponents = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
-        return (1.0 / self.theta**exponents / self.scale).astype(np.float32)
 
 
 class _Recorded(NamedTuple):
@@ -108,7 +96,7 @@ class Recording:
                 if last_use[register] == index:
                     free[register.width].append(memory[register])
         calls = [operation.call for operation in self._operations]
-        frequencies = [rope.frequencies() for rope in self._ropes]
+        frequencies = [rope_frequencies(rope) for rope in self._ropes]
         return Program(calls, frequencies, self._num_groups, memory, owner)
 
     def _allocate(self, max_tokens: int, width: int) -> Array:
@@ -157,6 +145,12 @@ class Program:
             ctypes.addressof(groups),
         )
         library.gemma_run(engine, byref(self._call), byref(step))
+
+
+def rope_frequencies(rope: Rope) -> Array:
+    """Radians per position, fp32 [head_dim / 2]: Su et al., arXiv 2104.09864, with linear scaling."""
+    exponents = np.arange(0, rope.head_dim, 2, dtype=np.float64) / rope.head_dim
+    return (1.0 / rope.theta**exponents / rope.scale).astype(np.float32)
 
 
 def _group(metadata: AttentionMetadata) -> AttentionGroup:

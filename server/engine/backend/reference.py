@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from server.engine.backend import int8
+from server.engine.backend.base import AttentionLayer, Rope
 from server.engine.backend.int8 import QuantizedMatrix
 from server.engine.backend.memory import zeros_on_demand
 from server.engine.backend.reference_attention import AttentionPlan, KVCache, paged_attention, plan_attention
@@ -22,31 +22,10 @@ from server.engine.backend.scratch import Scratch
 from server.engine.backend.upcast import UpcastMatmul
 from server.engine.dtype import DType
 from server.engine.inputs import ModelInputs
-from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
+from server.engine.models.config import KVGroupSpec
 from server.engine.sampling.sampler import Sampler
 
 Matrix = Tensor | QuantizedMatrix
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """One kind of rotary embedding; layers that share it share its angles."""
-
-    head_dim: int
-    theta: float
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionLayer:
-    """A prepared attention layer; its norms multiply by the fp32 [head_dim] that they hold."""
-
-    spec: AttentionSpec
-    rope: Rope
-    group: int
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    eps: float
 
 
 class ReferenceStep:
@@ -65,7 +44,7 @@ class ReferenceStep:
             self._angles[rope] = rope_angles(rope, self._positions)
         return self._angles[rope]
 
-    def plan(self, layer: AttentionLayer) -> AttentionPlan:
+    def plan(self, layer: AttentionLayer[Tensor]) -> AttentionPlan:
         group = layer.group
         if group not in self._plans:
             window = layer.spec.window
@@ -96,12 +75,6 @@ class ReferenceBackend:
 
     def prepare_norm(self, weight: Tensor) -> Tensor:
         return 1.0 + weight.to(self._device, torch.float32)
-
-    def prepare_attention(
-        self, spec: LayerSpec, group: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
-    ) -> AttentionLayer:
-        rope = Rope(spec.attention.head_dim, spec.rope_theta, spec.rope_scale)
-        return AttentionLayer(spec.attention, rope, group, q_norm, k_norm, eps)
 
     def kv_bytes_per_block(self, group: KVGroupSpec, block_size: int) -> int:
         per_layer = 2 * block_size * group.num_kv_heads * group.head_dim * self.dtype.itemsize
@@ -150,7 +123,9 @@ class ReferenceBackend:
         residual = residual.add_(update)
         return residual, self.rms_norm(residual, weight, eps)
 
-    def attention(self, qkv: Tensor, layer: AttentionLayer, cache: KVCache, step: ReferenceStep) -> Tensor:
+    def attention(
+        self, qkv: Tensor, layer: AttentionLayer[Tensor], cache: KVCache, step: ReferenceStep
+    ) -> Tensor:
         spec = layer.spec
         heads = qkv.view(qkv.shape[0], -1, spec.head_dim)
         q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)

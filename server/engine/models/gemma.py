@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from server.engine.backend.base import AnyBackend, PreparedWeights
+from server.engine.backend.base import AnyBackend, AttentionLayer, PreparedWeights
 from server.engine.inputs import ModelInputs
 from server.engine.models.config import ConfigError, GemmaConfig, expected_weights
 
@@ -88,7 +88,7 @@ class _Layer:
 
         self._backend = backend
         self._eps = config.rms_norm_eps
-        self._attention = backend.prepare_attention(
+        self._attention = AttentionLayer.of(
             config.layers[index],
             group,
             weight("self_attn.q_norm") if config.qk_norm else None,
