@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
+from server.cache_directory import written_whole
 from server.engine.models.gguf import read_metadata
 
 _T = TypeVar("_T")
@@ -64,7 +63,9 @@ def tokenizer_for_gguf(path: Path, cache_dir: Path) -> Path:
     digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     target = cache_dir / f"{path.stem}-{digest}-v{_FORMAT}.tokenizer.json"
     if not target.exists():
-        _write_atomically(target, tokenizer_json(read_metadata(path)))
+        content = tokenizer_json(read_metadata(path))
+        with written_whole(target) as file:
+            file.write(content)
     return target
 
 
@@ -197,16 +198,3 @@ def _list(metadata: Mapping[str, object], name: str, kind: type[_T]) -> list[_T]
     if not isinstance(values, list) or not values or not isinstance(values[0], kind):
         raise GGUFTokenizerError(f"the GGUF file has no list tokenizer.ggml.{name} of {kind.__name__} values")
     return values
-
-
-def _write_atomically(target: Path, data: bytes) -> None:
-    """Write beside the target and rename, so that another process sees the whole file or none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -13,13 +13,11 @@ Laws:
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import mmap
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,6 +27,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from server.cache_directory import written_whole
 from server.engine.backend.base import PreparedWeights
 from server.engine.backend.native import Floats, PackedMatrix
 from server.engine.models.config import GemmaConfig
@@ -114,20 +113,13 @@ class WeightCache:
 
     def _write(self, header: bytes, content: Iterable[tuple[int, memoryview]]) -> None:
         first = _aligned(len(_MAGIC) + 8 + len(header))
-        descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=".weights-")
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
-                for offset, array in content:
-                    file.seek(first + offset)
-                    file.write(array)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, self.path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        with written_whole(self.path) as file:
+            file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
+            for offset, array in content:
+                file.seek(first + offset)
+                file.write(array)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _view(memory: mmap.mmap, first: int, array: _Array) -> PackedMatrix | Floats:
