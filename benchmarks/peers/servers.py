@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import psutil
 
 from benchmarks.load import first_model
 from benchmarks.peers.environments import VLLMInstallation
+from benchmarks.run import free_port
 
 MAX_SEQUENCES = 32
 CONTEXT = 2048
@@ -108,7 +108,7 @@ def launch_llama_cpp(server: Path, model: Path) -> Launch:
 @asynccontextmanager
 async def serving(launch: Launch, log: Path) -> AsyncIterator[RunningServer]:
     """Start the engine on a free port, its output in `log`; end it on leaving. Raises ServerError."""
-    url = f"http://127.0.0.1:{(port := _free_port())}"
+    url = f"http://127.0.0.1:{(port := free_port())}"
     started = time.perf_counter()
     process = _start(launch, port, log)
     try:
@@ -174,12 +174,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         with suppress(psutil.NoSuchProcess):
             member.kill()
     psutil.wait_procs(family, timeout=30)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _names(value: str) -> str:

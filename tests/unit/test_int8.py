@@ -14,6 +14,7 @@ from server.engine.backend.reference import ReferenceBackend, ReferenceStep
 from server.engine.inputs import ModelInputs
 from tests.one_torch_thread import one_torch_thread
 from tests.unit.native_backends import CPU, THREADS, Native, dtype_of, every_dtype, every_level
+from tests.unit.test_native_ops import assert_logits_are_rounded_then_capped, normal
 
 __all__ = ["one_torch_thread"]  # a fixture
 
@@ -27,10 +28,6 @@ def native(dtype: torch.dtype, level: str, num_threads: int = 2) -> Native:
 
 def reference(dtype: torch.dtype) -> ReferenceBackend:
     return ReferenceBackend(CPU, dtype_of(dtype), "int8")
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def exact(x: Tensor, weight: QuantizedMatrix) -> Tensor:
@@ -173,12 +170,7 @@ def test_rows_and_weights_of_nothing_or_next_to_nothing_give_zeros(level: str) -
 def test_logits_are_rounded_as_a_linear_layers_output_and_then_soft_capped(
     level: str, dtype: torch.dtype, softcap: float | None
 ) -> None:
-    backend = native(dtype, level)
-    weight, hidden = normal(77, 40, dtype=dtype), normal(9, 40, dtype=dtype, seed=1)
-    packed = backend.backend.prepare_embedding(weight)
-    rounded = backend.linear(hidden, packed).float()
-    expected = rounded if softcap is None else softcap * torch.tanh(rounded.double() / softcap).float()
-    torch.testing.assert_close(backend.logits(hidden, packed, softcap), expected, atol=1e-6, rtol=0)
+    assert_logits_are_rounded_then_capped(native(dtype, level), softcap)
 
 
 @every_level

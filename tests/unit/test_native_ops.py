@@ -84,8 +84,11 @@ def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it(level: str, dt
 def test_logits_are_rounded_as_a_linear_layers_output_and_then_soft_capped(
     level: str, dtype: torch.dtype, softcap: float | None
 ) -> None:
-    native = Native(dtype, level)
-    weight, hidden = normal(77, 40, dtype=dtype), normal(9, 40, dtype=dtype, seed=1)
+    assert_logits_are_rounded_then_capped(Native(dtype, level), softcap)
+
+
+def assert_logits_are_rounded_then_capped(native: Native, softcap: float | None) -> None:
+    weight, hidden = normal(77, 40, dtype=native.dtype), normal(9, 40, dtype=native.dtype, seed=1)
     packed = native.backend.prepare_embedding(weight)
     rounded = native.linear(hidden, packed).float()
     expected = rounded if softcap is None else softcap * torch.tanh(rounded.double() / softcap).float()
