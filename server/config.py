@@ -73,7 +73,7 @@ class ServerConfig(BaseModel):
         None, ge=1, description="Tokens in one step at most; 512 on a CPU and 2048 on a GPU if not given."
     )
     prefill_stretch: float = Field(
-        2.5,
+        2.0,
         gt=1,
         le=1000,
         description="While streams run, prompts are computed in pieces so small that a step takes about so "

@@ -21,7 +21,7 @@ from server.engine.models.gguf import read_metadata
 
 _T = TypeVar("_T")
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of the cache's file name: raise it when the same GGUF file must give another tokenizer.json."""
 
 _MAX_PIECE_CHARACTERS = 1024
@@ -153,19 +153,24 @@ def build_tokenizer_json(pieces: Sequence[str], types: Sequence[int], scores: Se
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _merges(pieces: Sequence[str], vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every split of a piece into two others: best score first, then the longest left and right."""
-    merges: list[tuple[str, str]] = []
+def _merges(pieces: Sequence[str], vocab: Mapping[str, int], scores: Sequence[float]) -> list[str]:
+    """Every split of a piece into two others: best score first, then the longest left and right.
+
+    Written as "left right", which `tokenizers` parses in a quarter less time than a pair. A piece with a space in
+    it needs no merge: the normalizer leaves no space in a text.
+    """
+    merges: list[str] = []
     best_first = sorted(range(len(pieces)), key=lambda token_id: -scores[token_id])
     for _, equals in groupby(best_first, key=scores.__getitem__):
         splits = [
             (piece[:cut], piece[cut:])
             for piece in map(pieces.__getitem__, equals)
+            if " " not in piece
             for cut in range(1, len(piece))
             if piece[:cut] in vocab and piece[cut:] in vocab
         ]
         splits.sort(key=lambda split: (-len(split[0]), -len(split[1])))
-        merges += splits
+        merges += map(" ".join, splits)
     return merges
 
 

@@ -85,7 +85,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """None: chosen by device."""
     max_num_batched_tokens: int | None = None
     """Tokens in one step at most; None: chosen by device."""
-    prefill_stretch: float = 2.5
+    prefill_stretch: float = 2.0
     """How many times the time of a step without prompts one with them may take, while streams run."""
     speculative_ngram_tokens: int | None = None
     """Guessed tokens that one step checks at most; 0: none. None: chosen by back end."""
