@@ -18,7 +18,13 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from server.engine.types import FinishReason, GenerateRequest, SamplingParams, SequenceOutput, TokenLogprob
+from server.engine.types import (
+    FinishReason,
+    GenerateRequest,
+    PromptTokenLogprob,
+    SamplingParams,
+    SequenceOutput,
+)
 from server.errors import EngineUnavailableError, GenerationError
 from server.frontend.admission import Permit
 from server.frontend.client import EngineClient, EngineDeadError
@@ -37,6 +43,8 @@ class ChoiceRequest:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     stop: StopConditions
+    skip_special_tokens: bool = True
+    """Whether control tokens have no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +53,7 @@ class ChoiceDelta:
 
     index: int
     text: TextDelta
-    prompt_logprobs: list[TokenLogprob | None] | None
+    prompt_logprobs: list[PromptTokenLogprob | None] | None
     """In the first delta of a choice, where asked for."""
 
 
@@ -69,10 +77,11 @@ class Generation:
         permit: Permit,
         arrival: float,
         cache_salt: str = "",
+        priority: int = 0,
     ) -> None:
         """`arrival`: `time.monotonic()` seconds at which the request came in."""
         self._choices = [
-            _Choice(index, request, client, tokenizer, metrics, arrival, cache_salt)
+            _Choice(index, request, client, tokenizer, metrics, arrival, cache_salt, priority)
             for index, request in enumerate(choices)
         ]
         self._permit = permit
@@ -86,6 +95,11 @@ class Generation:
             completion_tokens=sum(choice.state.num_generated for choice in self._choices),
             cached_tokens=sum(choice.state.num_cached_tokens for choice in firsts),
         )
+
+    def mean_logprob(self, index: int) -> float:
+        """Of the tokens that choice `index` has so far, where they have logprobs."""
+        state = self._choices[index].state
+        return state.sum_of_logprobs / max(state.num_generated, 1)
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
         """What the choices gain, as it comes. Raises GenerationError, EngineUnavailableError."""
@@ -143,14 +157,16 @@ class _Choice:
         metrics: RequestMetrics,
         arrival: float,
         cache_salt: str,
+        priority: int,
     ) -> None:
         self.index = index
         self.request = request
-        self.state = RequestState(tokenizer, request.stop)
+        self.state = RequestState(tokenizer, request.stop, skip_special_tokens=request.skip_special_tokens)
         self._client = client
         self._metrics = metrics
         self._arrival = arrival
         self._cache_salt = cache_salt
+        self._priority = priority
         self._scheduled_at = 0.0
         self._first_token_at = 0.0
         self._last_token_at = 0.0
@@ -163,6 +179,7 @@ class _Choice:
             prompt_token_ids=self.request.prompt_token_ids,
             params=self.request.sampling,
             cache_salt=self._cache_salt,
+            priority=self._priority,
         )
         try:
             # Closing the engine's outputs early, as after a stop string, aborts the sequence.
