@@ -51,6 +51,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end the sequence; the front leaves the end-of-sequence ids out under `ignore_eos`."""
+    grammar: str | None = None
+    """What the generated text must match: a grammar in llguidance's Lark syntax or its JSON form."""
     logprobs: int | None = None
     """None: no logprobs. k >= 0: the sampled token's and those of the k likeliest tokens."""
     prompt_logprobs: int | None = None
