@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from server.api.protocol import Message
 from server.chat_template import ChatMessage, ChatTemplateError, render_chat
 from server.errors import InvalidRequestError
 from server.frontend.admission import check_text_length
@@ -20,17 +19,25 @@ Result = TypeVar("Result")
 
 
 async def chat_token_ids(
-    messages: Sequence[Message], model: ServedModel, *, add_generation_prompt: bool = True
+    messages: Sequence[ChatMessage],
+    model: ServedModel,
+    *,
+    declarations: str = "",
+    add_generation_prompt: bool = True,
+    param: str = "messages",
 ) -> list[int]:
-    """The rendered conversation. Raises InvalidRequestError."""
-    chat = [ChatMessage(message.role, message.text) for message in messages]
-    num_chars = sum(len(message.text) for message in chat)
-    check_text_length(num_chars, model.info.max_model_len, "messages")
+    """The rendered conversation. `param` is what the request calls it. Raises InvalidRequestError."""
+    num_chars = len(declarations) + sum(
+        len(message.text) + sum(len(call.name) + len(call.arguments) for call in message.calls)
+        for message in messages
+    )
+    check_text_length(num_chars, model.info.max_model_len, param)
 
     def render() -> list[int]:
-        return render_chat(chat, model.tokenizer, add_generation_prompt).token_ids(model.tokenizer)
+        chat = render_chat(messages, model.tokenizer, add_generation_prompt, declarations)
+        return chat.token_ids(model.tokenizer)
 
-    return await _run(render, num_chars, "messages")
+    return await _run(render, num_chars, param)
 
 
 async def prompt_token_ids(prompts: Sequence[str | list[int]], model: ServedModel) -> list[list[int]]:

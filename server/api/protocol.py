@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
-from server.chat_template import join_text_parts
+from server.api.tools import DeclaredTool, ToolChoiceField
+from server.tool_format import Tool
 
 MAX_PROMPTS = 1024
 """Prompts in one completion request, as in vLLM."""
@@ -20,6 +21,8 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_MESSAGES = 10_000
 MAX_CACHE_SALT_CHARS = 128
+MAX_CALLS = 1024
+"""Tool calls in one message."""
 
 
 def _strings(value: Any) -> tuple[str, ...]:
@@ -188,15 +191,59 @@ class TextPart(WireModel):
 TextParts = Annotated[list[TextPart], Field(fail_fast=True)]
 
 
-class Message(WireModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | TextParts = Field(description="Only text: this model sees no images and hears no audio.")
+class CalledFunction(WireModel):
+    name: str
+    arguments: str = Field(description="JSON, as the model wrote it.")
 
-    @property
-    def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return join_text_parts(part.text for part in self.content)
+
+class MessageToolCall(WireModel):
+    id: str = Field(min_length=1)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(WireModel):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | TextParts | None = Field(
+        None,
+        description="Only text: this model sees no images and hears no audio. Null beside `tool_calls` alone.",
+    )
+    tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] | None = Field(
+        None, max_length=MAX_CALLS, description="What the assistant called."
+    )
+    tool_call_id: str | None = Field(None, description="The call whose result a `tool` message is.")
+
+
+class FunctionDefinition(WireModel):
+    name: str = Field(description="1 to 64 letters, digits, underscores and dashes.")
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(
+        None, description="The JSON schema of the arguments. Default: there are none."
+    )
+    strict: bool | None = Field(
+        None,
+        description="Refuse parameters of which a part cannot be enforced. All else is enforced in any case.",
+    )
+
+
+class FunctionTool(WireModel):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+FunctionTools = Annotated[list[FunctionTool], Field(fail_fast=True)]
+
+
+def declared_tools(tools: list[FunctionTool] | None) -> list[DeclaredTool]:
+    return [
+        DeclaredTool(
+            Tool(tool.function.name, tool.function.description or "", tool.function.parameters or {}),
+            is_strict=bool(tool.function.strict),
+            name_param=f"tools[{index}].function.name",
+            parameters_param=f"tools[{index}].function.parameters",
+        )
+        for index, tool in enumerate(tools or ())
+    ]
 
 
 class ChatCompletionRequest(GenerationFields):
@@ -208,6 +255,13 @@ class ChatCompletionRequest(GenerationFields):
     logprobs: bool | None = Field(None, description="Return the log probability of each token.")
     top_logprobs: int | None = Field(
         None, ge=0, description="Return those of so many likeliest tokens, too; needs `logprobs`."
+    )
+    tools: FunctionTools | None = Field(None, description="Functions that the model may call.")
+    tool_choice: ToolChoiceField = Field(
+        None, description="Whether and what the model calls. Default: `auto` with tools, `none` without."
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="Whether the model may call several at once. Default: true."
     )
 
 
@@ -229,6 +283,7 @@ class TokenizeCompletionRequest(WireModel):
 class TokenizeChatRequest(WireModel):
     model: str | None = None
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    tools: FunctionTools | None = Field(None, description="Those of the chat completion.")
     add_generation_prompt: bool = Field(True, description="End with the beginning of the model's turn.")
     return_token_strs: bool | None = None
 
