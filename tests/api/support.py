@@ -28,6 +28,7 @@ from server.engine.types import (
     TokenLogprob,
 )
 from server.frontend.client import EngineDeadError
+from server.frontend.mailbox import no_vocabulary
 from server.frontend.served_model import ServedModel
 from server.runtime import Phase, Runtime
 from tests.fixtures_tokenizers import make_tiny_tokenizer
@@ -67,6 +68,7 @@ class FakeEngineClient:
         self.on_loading: Callable[[Loading], None] = lambda loading: None
         self.on_step: Callable[[StepStats], None] = lambda stats: None
         self.on_death: Callable[[str], None] = lambda reason: None
+        self.make_vocabulary = no_vocabulary
         self.script = Script()
         self.submitted: list[GenerateRequest] = []
         self.running: set[str] = set()
