@@ -333,7 +333,7 @@ class Scheduler:
                 break
             seq.token_ids.append(token.token_id)
             taken.append(token)
-            reason = self._finish_reason(seq)
+            reason = FinishReason.STOP if token.completes else self._finish_reason(seq)
             if reason is not None or draft[index : index + 1] != (token.token_id,):
                 break
         return taken, reason
@@ -341,7 +341,7 @@ class Scheduler:
     def _output(self, seq: Sequence, tokens: list[SampledToken], reason: FinishReason | None) -> SequenceOutput:
         if reason is not None:
             self._retire(seq)
-        is_first = seq.num_generated == len(tokens)
+        is_first, last = seq.num_generated == len(tokens), tokens[-1]
         prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, []
         return SequenceOutput(
             request_id=seq.request_id,
@@ -349,7 +349,7 @@ class Scheduler:
             logprobs=[token.logprob for token in tokens if token.logprob is not None] or None,
             prompt_logprobs=prompt_logprobs if is_first and seq.params.prompt_logprobs is not None else None,
             finish_reason=reason,
-            stop_token_id=tokens[-1].token_id if reason is FinishReason.STOP else None,
+            stop_token_id=last.token_id if reason is FinishReason.STOP and not last.completes else None,
             num_cached_tokens=seq.num_cached_tokens,
             scheduled_at=seq.scheduled_at,
         )

@@ -18,10 +18,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from server.tokenizer import BOS, END_OF_TURN, START_OF_TURN, Tokenizer
+from server.tool_format import ToolCall, call_text, result_text
 
-ALLOWED_ROLES = ("system", "developer", "user", "assistant")
+ALLOWED_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _PARAGRAPH = "\n\n"
+_OURS = -1
+"""The index of an instruction that is no message of the client's."""
+_LONGEST_SHOWN_ID = 64
 
 
 class ChatTemplateError(ValueError):
@@ -37,6 +41,10 @@ class ChatMessage:
     role: str
     """One of ALLOWED_ROLES."""
     text: str
+    calls: tuple[ToolCall, ...] = ()
+    """Of an assistant's message: what it called, after its text."""
+    call_id: str = ""
+    """Of a tool's message: the call whose result it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +81,25 @@ def render_chat(
     tokenizer: Tokenizer,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
+    declarations: str = "",
 ) -> RenderedChat:
     """Render a conversation, with the beginning of the model's answer if `add_generation_prompt`; or, if
     `continue_final_message`, up to the end of the last message's text, which must be the assistant's.
+
+    `declarations` tells the model of its tools; it begins the first user turn.
 
     - Gemma has no system role: system and developer texts, joined by an empty line, precede the text of the
       next user message; where none follows they are a user turn of their own.
     - Neighbouring turns of one role become one turn, joined by an empty line.
     - The conversation may begin with an assistant message.
+    - Tool calls are lines of the model's turn, and their results are text of the user turn that follows.
     - Texts are trimmed, but for system texts that precede a user's, as in the official Gemma 3 template.
 
-    Raises ChatTemplateError for an empty list, an unknown role, or a tokenizer without turn tokens.
+    Raises ChatTemplateError for an empty list, an unknown role, a result without its call, or a tokenizer
+    without turn tokens.
     """
     bos, start, end = _control_tokens(tokenizer)
-    turns, notes = _turns(messages)
+    turns, notes = _turns(messages, declarations)
     segments: list[ControlToken | str] = [bos]
     for turn in turns:
         segments += [start, f"{turn.role}\n{turn.text}", end, "\n"]
@@ -116,18 +129,33 @@ class _Turn:
     """Of the message that began it."""
 
 
-def _turns(messages: Sequence[ChatMessage]) -> tuple[list[_Turn], list[str]]:
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One that was made, among those of its turn."""
+
+    name: str
+    number: int
+    total: int
+
+
+def _turns(messages: Sequence[ChatMessage], declarations: str) -> tuple[list[_Turn], list[str]]:
     if not messages:
         raise ChatTemplateError("messages must hold at least one message, not 0", param="messages")
     turns: list[_Turn] = []
     notes: list[str] = []
     instructions: list[tuple[int, ChatMessage]] = []  # system texts that wait for a user's message
+    if declarations:
+        instructions.append((_OURS, ChatMessage("system", declarations)))
+    calls: dict[str, _Call] = {}
 
     def append(role: Literal["user", "model"], text: str, index: int) -> None:
         if turns and turns[-1].role == role:
             turn = turns[-1]
             turn.text = _PARAGRAPH.join(part for part in (turn.text, text) if part)
-            notes.append(f"messages[{index}] was merged into the {role} turn of messages[{turn.first_index}]")
+            if index != _OURS:
+                notes.append(
+                    f"messages[{index}] was merged into the {role} turn of messages[{turn.first_index}]"
+                )
         else:
             turns.append(_Turn(role, text, index))
 
@@ -140,24 +168,50 @@ def _turns(messages: Sequence[ChatMessage]) -> tuple[list[_Turn], list[str]]:
                 notes += [
                     f"messages[{number}] ({folded.role}) was folded into the user turn of messages[{index}]"
                     for number, folded in instructions
+                    if number != _OURS
                 ]
                 instructions.clear()
                 append("user", prefix + message.text.strip(), index)
             case "assistant":
-                append("model", message.text.strip(), index)
+                append("model", _with_calls(message), index)
+                total = len(message.calls)
+                calls |= {
+                    call.id: _Call(call.name, number, total)
+                    for number, call in enumerate(message.calls, start=1)
+                }
+            case "tool":
+                call = calls.get(message.call_id)
+                if call is None:
+                    raise _orphan_error(message.call_id, index)
+                append(
+                    "user", result_text(call.name, message.text, number=call.number, total=call.total), index
+                )
             case _:
                 raise _role_error(message.role, index)
     if instructions:
-        notes += [f"messages[{index}] ({message.role}) became a user turn" for index, message in instructions]
+        theirs = [(index, message) for index, message in instructions if index != _OURS]
+        notes += [f"messages[{index}] ({message.role}) became a user turn" for index, message in theirs]
         text = _PARAGRAPH.join(message.text for _, message in instructions).strip()
-        append("user", text, instructions[0][0])
+        append("user", text, theirs[0][0] if theirs else _OURS)
     return turns, notes
+
+
+def _with_calls(message: ChatMessage) -> str:
+    parts = [message.text.strip(), *(call_text(call) for call in message.calls)]
+    return "\n".join(part for part in parts if part)
+
+
+def _orphan_error(call_id: str, index: int) -> ChatTemplateError:
+    param = f"messages[{index}].tool_call_id"
+    return ChatTemplateError(
+        f"{param} is {call_id[:_LONGEST_SHOWN_ID]!a}, but no assistant message before it has a tool call of "
+        "that id; send the message with the call, too",
+        param,
+    )
 
 
 def _role_error(role: str, index: int) -> ChatTemplateError:
     param = f"messages[{index}].role"
-    if role in ("tool", "function"):
-        return ChatTemplateError(f'{param} is "{role}": tool messages are not supported yet', param)
     return ChatTemplateError(f'{param} is "{role}"; it must be one of {", ".join(ALLOWED_ROLES)}', param)
 
 

@@ -48,7 +48,7 @@ FORBIDDEN = [
         r"server\.engine\.(types|transport)",
     ),
     (
-        r"server\.(tokenizer|gguf_tokenizer|chat_template|errors|config)",
+        r"server\.(tokenizer|gguf_tokenizer|chat_template|tool_format|errors|config)",
         r"server\.(api|app|frontend)(\..+)?",
         r"",
     ),

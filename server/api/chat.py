@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, UnsetType
 
-from server.api import logprobs
+from server.api import ignored_fields, logprobs
+from server.api.chat_messages import chat_messages
 from server.api.openapi import body_of
-from server.api.params import chat_logprobs, check_stream_options, choices_of_prompt
-from server.api.prompts import chat_token_ids, truncated
-from server.api.protocol import ChatCompletionRequest
+from server.api.params import chat_logprobs, check_stream_options
+from server.api.protocol import ChatCompletionRequest, declared_tools
 from server.api.responses import (
     AssistantMessage,
+    CalledFunction,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
     ChatCompletionChunk,
     ChatDelta,
     ChatLogprobs,
+    ChatToolCall,
     Head,
     PromptLogprobs,
     Usage,
 )
-from server.api.serving import ChunkUsage, admit, answer, read_body, runtime_of, served_model, stream
+from server.api.serving import ChunkUsage, answer, read_body, runtime_of, served_model, stream
+from server.api.tools import plan_tools
+from server.api.turns import begin_turn
 from server.engine.types import PromptTokenLogprob, TokenLogprob
-from server.frontend.admission import check_token_ids, resolve_max_tokens
-from server.frontend.generation import ChoiceDelta, ChoiceRequest, Generation
+from server.frontend.tool_parser import ArgumentPiece, CallBegun, Piece, TextPiece
+from server.frontend.turn import Turn, TurnChoice
 from server.tokenizer import Tokenizer
 
 router = APIRouter()
+
+_CALL_ID = "call_{}"
 
 
 @router.post(
@@ -44,49 +50,54 @@ async def create_chat_completion(request: Request) -> Response:
     body, headers = await read_body(request, ChatCompletionRequest)
     model = served_model(runtime, body.model)
     check_stream_options(body)
-    wanted_logprobs = chat_logprobs(body, runtime.config.max_logprobs)
+    messages = chat_messages(body.messages)
+    tools, loose = await plan_tools(
+        declared_tools(body.tools), body.tool_choice, is_parallel=body.parallel_tool_calls is not False
+    )
+    ignored_fields.add_to_header(headers, loose)
     by_new_name = body.max_completion_tokens is not None
-    requested = body.max_completion_tokens if by_new_name else body.max_tokens
-    rendered = await chat_token_ids(
-        body.messages,
+    turn = await begin_turn(
+        request,
         model,
+        messages,
+        body,
+        tools=tools,
+        max_tokens=body.max_completion_tokens if by_new_name else body.max_tokens,
+        max_tokens_param="max_completion_tokens" if by_new_name else "max_tokens",
+        logprobs=chat_logprobs(body, runtime.config.max_logprobs),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
     )
-    prompt = truncated(rendered, body, model, requested)
-    max_tokens = resolve_max_tokens(
-        len(prompt),
-        requested,
-        model.info,
-        param="messages",
-        max_tokens_param="max_completion_tokens" if by_new_name else "max_tokens",
-    )
-    check_token_ids(prompt, model.info, "messages")
-    choices = [
-        ChoiceRequest(0, prompt, params.sampling, params.stop, body.skip_special_tokens is not False)
-        for params in choices_of_prompt(
-            body, model, max_tokens=max_tokens, logprobs=wanted_logprobs, count=body.n or 1
-        )
-    ]
-    generation = admit(request, model, choices, body)
-    writer = _Writer(body, prompt, model.tokenizer)
+    last = messages[-1]
+    # As the template has it, which trims texts.
+    echo = last.text.strip() if body.echo and last.role == "assistant" else ""
+    writer = _Writer(body, turn, model.tokenizer, echo)
     head = Head.new("chatcmpl", model.names[0])
     if body.stream:
-        return stream(request, generation, _chunks(generation, head, body, writer), headers)
-    return await answer(request, generation, _whole(generation, head, len(choices), writer), headers)
+        return stream(request, turn.generation, _chunks(turn, head, body, writer), headers)
+    return await answer(request, turn.generation, _whole(turn, head, writer), headers)
 
 
 class _Writer:
     """Makes the parts of an answer that were asked for."""
 
-    def __init__(self, body: ChatCompletionRequest, prompt: list[int], tokenizer: Tokenizer) -> None:
+    def __init__(self, body: ChatCompletionRequest, turn: Turn, tokenizer: Tokenizer, echo: str) -> None:
+        """`echo`: what every choice's text begins with."""
         self._body = body
         self._tokenizer = tokenizer
         self._names = logprobs.token_names(tokenizer, as_ids=body.return_tokens_as_token_ids)
-        self.prompt_token_ids = prompt if body.return_token_ids else UNSET
-        last = body.messages[-1]
-        # As the template has it, which trims texts.
-        self.echo = last.text.strip() if body.echo and last.role == "assistant" else ""
+        self.prompt_token_ids = turn.prompt_token_ids if body.return_token_ids else UNSET
+        self.echo = echo
+
+    def message(self, choice: TurnChoice) -> AssistantMessage:
+        text = self.echo + choice.text
+        if not choice.calls:
+            return AssistantMessage(text)
+        calls = [
+            ChatToolCall(CalledFunction(call.arguments, call.name), _CALL_ID.format(call.id), "function")
+            for call in choice.calls
+        ]
+        return AssistantMessage(text or None, tool_calls=calls)
 
     def logprobs(self, tokens: list[TokenLogprob] | None) -> ChatLogprobs | None:
         return None if tokens is None else logprobs.chat_logprobs(tokens, self._tokenizer, self._names)
@@ -102,52 +113,40 @@ class _Writer:
         return await logprobs.prompt_logprobs(entries, self._body.prompt_logprobs, self._tokenizer)
 
 
-async def _whole(generation: Generation, head: Head, num_choices: int, writer: _Writer) -> ChatCompletion:
-    texts: list[list[str]] = [[writer.echo] for _ in range(num_choices)]
-    tokens: list[list[TokenLogprob] | None] = [None] * num_choices
-    generated: list[list[int]] = [[] for _ in range(num_choices)]
-    last: dict[int, ChoiceDelta] = {}
-    prompt_entries = None
-    async with aclosing(generation.deltas()) as deltas:
-        async for delta in deltas:
-            texts[delta.index].append(delta.text.text)
-            generated[delta.index] += delta.text.generated_token_ids
-            prompt_entries = prompt_entries or delta.prompt_logprobs
-            if delta.text.logprobs is not None:
-                tokens[delta.index] = (tokens[delta.index] or []) + delta.text.logprobs
-            last[delta.index] = delta
+async def _whole(turn: Turn, head: Head, writer: _Writer) -> ChatCompletion:
+    whole = await turn.whole()
     choices = [
         ChatChoice(
             index=index,
-            message=AssistantMessage("".join(texts[index])),
-            logprobs=writer.logprobs(tokens[index]),
-            finish_reason=last[index].text.finish_reason or "",
-            stop_reason=last[index].text.stop_reason,
-            token_ids=writer.token_ids(generated[index]),
+            message=writer.message(choice),
+            logprobs=writer.logprobs(choice.logprobs),
+            finish_reason=choice.finish_reason,
+            stop_reason=choice.stop_reason,
+            token_ids=writer.token_ids(choice.token_ids),
         )
-        for index in range(num_choices)
+        for index, choice in enumerate(whole)
     ]
     return ChatCompletion(
         head.id,
         head.created,
         head.model,
         choices,
-        Usage.of(generation.usage()),
-        prompt_logprobs=await writer.prompt_logprobs(prompt_entries),
+        Usage.of(turn.usage()),
+        prompt_logprobs=await writer.prompt_logprobs(whole[0].prompt_logprobs),
         prompt_token_ids=writer.prompt_token_ids,
     )
 
 
 async def _chunks(
-    generation: Generation, head: Head, body: ChatCompletionRequest, writer: _Writer
+    turn: Turn, head: Head, body: ChatCompletionRequest, writer: _Writer
 ) -> AsyncGenerator[ChatCompletionChunk, None]:
-    usage = ChunkUsage(body.stream_options, lambda: Usage.of(generation.usage()))
+    usage = ChunkUsage(body.stream_options, lambda: Usage.of(turn.usage()))
 
     def chunk(choice: ChatChunkChoice) -> ChatCompletionChunk:
         return ChatCompletionChunk(head.id, head.created, head.model, [choice], usage.of_chunk())
 
     begun: set[int] = set()
-    async with aclosing(generation.deltas()) as deltas:
+    async with aclosing(turn.deltas()) as deltas:
         async for delta in deltas:
             if delta.index not in begun:
                 first = chunk(ChatChunkChoice(delta.index, ChatDelta(role="assistant", content="")))
@@ -157,19 +156,32 @@ async def _chunks(
                 yield first
                 if writer.echo:
                     yield chunk(ChatChunkChoice(delta.index, ChatDelta(content=writer.echo)))
-            text = delta.text
-            token_ids = writer.token_ids(text.generated_token_ids)
-            if text.text or text.logprobs or token_ids or text.finish_reason is not None:
-                is_last = text.finish_reason is not None
-                yield chunk(
-                    ChatChunkChoice(
-                        index=delta.index,
-                        delta=ChatDelta(content=text.text) if text.text else ChatDelta(),
-                        logprobs=writer.logprobs(text.logprobs),
-                        finish_reason=text.finish_reason,
-                        stop_reason=text.stop_reason if is_last else UNSET,
-                        token_ids=token_ids,
-                    )
-                )
+            parts = _parts(delta.pieces)
+            token_ids = writer.token_ids(delta.token_ids)
+            if not parts and (delta.logprobs or token_ids or delta.finish_reason is not None):
+                parts = [ChatDelta()]
+            for number, part in enumerate(parts, start=1):
+                choice = ChatChunkChoice(delta.index, part)
+                if number == 1:
+                    choice.logprobs, choice.token_ids = writer.logprobs(delta.logprobs), token_ids
+                if number == len(parts) and delta.finish_reason is not None:
+                    choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+                yield chunk(choice)
     if usage.has_last_chunk:
-        yield ChatCompletionChunk(head.id, head.created, head.model, [], Usage.of(generation.usage()))
+        yield ChatCompletionChunk(head.id, head.created, head.model, [], Usage.of(turn.usage()))
+
+
+def _parts(pieces: Iterable[Piece]) -> list[ChatDelta]:
+    """One delta for each piece: clients look at the first call of a delta alone."""
+    parts = []
+    for piece in pieces:
+        match piece:
+            case TextPiece(text):
+                parts.append(ChatDelta(content=text))
+            case CallBegun(call_index, call_id, name):
+                begun = ChatToolCall(CalledFunction("", name), _CALL_ID.format(call_id), "function", call_index)
+                parts.append(ChatDelta(tool_calls=[begun]))
+            case ArgumentPiece(call_index, text):
+                gained = ChatToolCall(CalledFunction(text), index=call_index)
+                parts.append(ChatDelta(tool_calls=[gained]))
+    return parts

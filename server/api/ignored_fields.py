@@ -61,6 +61,11 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 }
 """A field that a request class declares is never looked up here: `suffix` of a completion is its own."""
 
+_HINTS = {
+    "functions": "; use 'tools'",
+    "function_call": "; use 'tool_choice' and, in a message, 'tool_calls'",
+}
+
 _INERT = frozenset(
     {
         "user",
@@ -100,7 +105,7 @@ def ignored_fields(body: BaseModel, *, strict: bool) -> list[str]:
         if name in _UNSUPPORTED:
             if value is not None and value not in _UNSUPPORTED[name]:
                 raise InvalidRequestError(
-                    f"'{path}' is not supported by this server (got {shown(value)}).",
+                    f"'{path}' is not supported by this server (got {shown(value)}){_HINTS.get(name, '')}.",
                     param=path,
                     code="unsupported_parameter",
                 )
@@ -126,6 +131,13 @@ def header_value(names: Iterable[str]) -> str:
     names = sorted(names)
     safe = [quote(name[:LONGEST_NAME], safe="[]._-", errors="replace") for name in names[:MOST_NAMED]]
     return ", ".join(safe) + (f", and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+
+
+def add_to_header(headers: dict[str, str], names: Iterable[str]) -> None:
+    """Name more fields that have not all the effect they ask for."""
+    named = [headers[HEADER]] if HEADER in headers else []
+    if more := header_value(names):
+        headers[HEADER] = ", ".join([*named, more])
 
 
 def _extra_fields(body: BaseModel, prefix: str) -> Iterator[tuple[str, str, object]]:

@@ -12,12 +12,14 @@ from server.errors import InvalidRequestError
 from server.frontend.admission import check_token_ids
 from server.frontend.request_state import StopConditions
 from server.frontend.served_model import ServedModel
+from server.frontend.tool_grammar import ToolPlan
 
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_TOP_P = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's defaults."""
 SEED_BITS = 64
+NO_TOOLS = ToolPlan()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ def choices_of_prompt(
     logprobs: Logprobs,
     count: int,
     more_stop_token_ids: Iterable[int] = (),
+    tools: ToolPlan = NO_TOOLS,
 ) -> list[ChoiceParams]:
     """The parameters of each of the `count` choices of one prompt, checked against the model.
 
@@ -112,11 +115,14 @@ def choices_of_prompt(
     check_token_ids(logprobs.token_ids, model.info, "logprob_token_ids")
     model_stops = () if body.ignore_eos else (*model.stop_token_ids, *more_stop_token_ids)
     stop = StopConditions(
-        strings=body.stop,
+        # What must be a call has no text to stop.
+        strings=() if tools.is_required else body.stop,
         include_in_output=bool(body.include_stop_str_in_output),
         min_tokens=min_tokens,
+        tool_names=tools.names,
         silent_token_ids=frozenset(model_stops) - frozenset(own_stops),
     )
+    grammar = tools.grammar()
     first_seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
     return [
         ChoiceParams(
@@ -133,6 +139,7 @@ def choices_of_prompt(
                 repetition_penalty=_or(body.repetition_penalty, 1.0),
                 logit_bias=body.logit_bias,
                 stop_token_ids=tuple(sorted({*model_stops, *own_stops})),
+                grammar=grammar,
                 logprobs=logprobs.output,
                 logprob_token_ids=logprobs.token_ids,
                 prompt_logprobs=logprobs.prompt,

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from server.api.protocol import GenerationFields, Message
+from server.api.protocol import GenerationFields
 from server.chat_template import ChatMessage, ChatTemplateError, render_chat
 from server.errors import InvalidRequestError
 from server.frontend.admission import check_text_length
@@ -20,13 +20,15 @@ Result = TypeVar("Result")
 
 
 async def chat_token_ids(
-    messages: Sequence[Message],
+    messages: Sequence[ChatMessage],
     model: ServedModel,
     *,
-    add_generation_prompt: bool | None,
-    continue_final_message: bool | None,
+    declarations: str = "",
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | None = None,
+    param: str = "messages",
 ) -> list[int]:
-    """The rendered conversation. Raises InvalidRequestError."""
+    """The rendered conversation. `param` is what the request calls it. Raises InvalidRequestError."""
     if add_generation_prompt and continue_final_message:
         raise InvalidRequestError(
             "'continue_final_message' and 'add_generation_prompt' cannot both be true: either the last message"
@@ -35,14 +37,17 @@ async def chat_token_ids(
         )
     begins = add_generation_prompt is not False
     continues = bool(continue_final_message)
-    chat = [ChatMessage(message.role, message.text) for message in messages]
-    num_chars = sum(len(message.text) for message in chat)
-    check_text_length(num_chars, model.info.max_model_len, "messages")
+    num_chars = len(declarations) + sum(
+        len(message.text) + sum(len(call.name) + len(call.arguments) for call in message.calls)
+        for message in messages
+    )
+    check_text_length(num_chars, model.info.max_model_len, param)
 
     def render() -> list[int]:
-        return render_chat(chat, model.tokenizer, begins, continues).token_ids(model.tokenizer)
+        chat = render_chat(messages, model.tokenizer, begins, continues, declarations)
+        return chat.token_ids(model.tokenizer)
 
-    return await _run(render, num_chars, "messages")
+    return await _run(render, num_chars, param)
 
 
 async def prompt_token_ids(

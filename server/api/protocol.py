@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
-from server.chat_template import join_text_parts
+from server.api.tools import DeclaredTool, ToolChoiceField
+from server.tool_format import Tool
 
 MAX_PROMPTS = 1024
 """Prompts in one completion request, as in vLLM."""
@@ -21,6 +22,8 @@ MAX_LOGPROB_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_MESSAGES = 10_000
 MAX_CACHE_SALT_CHARS = 128
+MAX_CALLS = 1024
+"""Tool calls in one message."""
 
 
 def _strings(value: Any) -> tuple[str, ...]:
@@ -287,19 +290,62 @@ class TextPart(WireModel):
 TextParts = Annotated[list[TextPart], Field(fail_fast=True)]
 
 
+class CalledFunction(WireModel):
+    name: str
+    arguments: str = Field(description="JSON, as the model wrote it.")
+
+
+class MessageToolCall(WireModel):
+    id: str = Field(min_length=1)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(WireModel):
-    role: Literal["system", "developer", "user", "assistant"] = Field(
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="Who speaks; what a system or developer says goes into the next user turn. Required."
     )
-    content: str | TextParts = Field(
-        description="Only text: this model sees no images and hears no audio. Required."
+    content: str | TextParts | None = Field(
+        None,
+        description="Only text: this model sees no images and hears no audio. Null beside `tool_calls` alone."
+        " Default: none.",
+    )
+    tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] | None = Field(
+        None, max_length=MAX_CALLS, description="What the assistant called."
+    )
+    tool_call_id: str | None = Field(None, description="The call whose result a `tool` message is.")
+
+
+class FunctionDefinition(WireModel):
+    name: str = Field(description="1 to 64 letters, digits, underscores and dashes.")
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(
+        None, description="The JSON schema of the arguments. Default: there are none."
+    )
+    strict: bool | None = Field(
+        None,
+        description="Refuse parameters of which a part cannot be enforced. All else is enforced in any case.",
     )
 
-    @property
-    def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return join_text_parts(part.text for part in self.content)
+
+class FunctionTool(WireModel):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+FunctionTools = Annotated[list[FunctionTool], Field(fail_fast=True)]
+
+
+def declared_tools(tools: list[FunctionTool] | None) -> list[DeclaredTool]:
+    return [
+        DeclaredTool(
+            Tool(tool.function.name, tool.function.description or "", tool.function.parameters or {}),
+            is_strict=bool(tool.function.strict),
+            name_param=f"tools[{index}].function.name",
+            parameters_param=f"tools[{index}].function.parameters",
+        )
+        for index, tool in enumerate(tools or ())
+    ]
 
 
 class ChatCompletionRequest(GenerationFields):
@@ -321,6 +367,13 @@ class ChatCompletionRequest(GenerationFields):
     continue_final_message: bool | None = CONTINUE_FINAL_MESSAGE
     echo: bool | None = Field(
         None, description="Put the last message, if the assistant's, before the output. Default: false."
+    )
+    tools: FunctionTools | None = Field(None, description="Functions that the model may call.")
+    tool_choice: ToolChoiceField = Field(
+        None, description="Whether and what the model calls. Default: `auto` with tools, `none` without."
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="Whether the model may call several at once. Default: true."
     )
 
 
@@ -367,6 +420,7 @@ class TokenizeCompletionRequest(WireModel):
 class TokenizeChatRequest(WireModel):
     model: str | None = MODEL
     messages: list[Message] = MESSAGES
+    tools: FunctionTools | None = Field(None, description="Those of the chat completion. Default: none.")
     add_generation_prompt: bool | None = ADD_GENERATION_PROMPT
     continue_final_message: bool | None = CONTINUE_FINAL_MESSAGE
     return_token_strs: bool | None = RETURN_TOKEN_STRS

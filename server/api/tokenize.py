@@ -7,11 +7,18 @@ import asyncio
 from fastapi import APIRouter, Request, Response
 
 from server.api.body import read_object, validate
+from server.api.chat_messages import chat_messages
 from server.api.openapi import body_of
 from server.api.prompts import chat_token_ids, text_token_ids
-from server.api.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
+from server.api.protocol import (
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+    declared_tools,
+)
 from server.api.responses import Text, Tokens, json_response
 from server.api.serving import ignored_headers, read_body, runtime_of, served_model
+from server.api.tools import plan_tools
 from server.frontend.admission import check_token_ids
 
 router = APIRouter()
@@ -33,9 +40,11 @@ async def tokenize(request: Request) -> Response:
     headers = ignored_headers(body, strict=runtime.config.strict)
     model = served_model(runtime, body.model)
     if isinstance(body, TokenizeChatRequest):
+        tools, _ = await plan_tools(declared_tools(body.tools), None, is_parallel=True)
         ids = await chat_token_ids(
-            body.messages,
+            chat_messages(body.messages),
             model,
+            declarations=tools.declarations,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
         )

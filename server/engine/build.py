@@ -12,6 +12,7 @@ from server.batching import Scheduler, SchedulerConfig
 from server.engine.backend.choose import choose_backend
 from server.engine.core import EngineCore
 from server.engine.device import check_dtype, default_num_threads, resolve_device, resolve_dtype
+from server.engine.grammar.compiler import GrammarCompiler
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.memory import (
@@ -59,10 +60,15 @@ _SPECULATIVE_TOKENS = {"native": 5}
 """By back end: so many tokens beside one take less than twice its time, for the weights are read once."""
 
 
-def build_engine(config: EngineConfig, progress: Progress) -> tuple[EngineCore, EngineInfo]:
-    """Loads the model and readies everything for the first step. Raises StartError."""
+def build_engine(
+    config: EngineConfig, progress: Progress, wake: Callable[[], None] = lambda: None
+) -> tuple[EngineCore, EngineInfo]:
+    """Loads the model and readies everything for the first step. Raises StartError.
+
+    wake: called in another thread when the core has work that no message brought.
+    """
     try:
-        return _build(config, progress)
+        return _build(config, progress, wake)
     except ValueError as error:
         # The refusals of all the parts are ValueErrors with a message for people.
         raise StartError(str(error)) from error
@@ -73,7 +79,9 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[EngineCore, 
         raise StartError(f"cannot load {config.model_path}: {error}") from error
 
 
-def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, EngineInfo]:
+def _build(
+    config: EngineConfig, progress: Progress, wake: Callable[[], None]
+) -> tuple[EngineCore, EngineInfo]:
     device = resolve_device(config.device)
     num_threads = config.num_threads or default_num_threads()
     dtype = resolve_dtype(config.dtype)
@@ -141,7 +149,7 @@ def _build(config: EngineConfig, progress: Progress) -> tuple[EngineCore, Engine
         weight_bytes=weights_size,
     )
     pacer = PrefillPacer(config.prefill_stretch, limits.max_num_batched_tokens)
-    return EngineCore(scheduler, pacer, runner), info
+    return EngineCore(scheduler, pacer, runner, GrammarCompiler(wake)), info
 
 
 def _speculative_tokens(config: EngineConfig, backend: str) -> int:

@@ -16,10 +16,19 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from server.batching import NeverFitsError, ScheduledBatch, Scheduler
+from server.engine.grammar.compiler import GrammarCompiler
+from server.engine.grammar.library import GrammarError
 from server.engine.pacing import PrefillPacer
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence
-from server.engine.types import FinishReason, GenerateRequest, SequenceOutput, StepOutput, StepStats
+from server.engine.types import (
+    FinishReason,
+    GenerateRequest,
+    SequenceOutput,
+    StepOutput,
+    StepStats,
+    Vocabulary,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,36 +46,42 @@ class EngineCore:
         scheduler: Scheduler,
         pacer: PrefillPacer,
         runner: Runner,
+        grammars: GrammarCompiler,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
         self._pacer = pacer
         self._runner = runner
+        self._grammars = grammars
+        self._compiling: dict[str, Sequence] = {}
+        """Those whose grammar is not there yet, by request id; the scheduler does not know them."""
         self._clock = clock
         self._terminal: list[SequenceOutput] = []
         """Ends that came about between steps; they leave with the next output."""
 
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """What grammars are matched against; once, before the first of them."""
+        self._grammars.set_vocabulary(vocabulary)
+
     def add(self, request: GenerateRequest) -> None:
-        try:
-            self._scheduler.add(Sequence.from_request(request))
-        except NeverFitsError as error:
-            self._terminal.append(
-                SequenceOutput(
-                    request_id=request.request_id, finish_reason=FinishReason.ERROR, error=str(error)
-                )
-            )
+        self._add(Sequence.from_request(request))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
-            if self._scheduler.abort(request_id) is not None:
+            aborted = self._compiling.pop(request_id, None) or self._scheduler.abort(request_id)
+            if aborted is not None:
                 self._terminal.append(SequenceOutput(request_id=request_id, finish_reason=FinishReason.ABORT))
 
     def has_work(self) -> bool:
-        return self._scheduler.has_work() or bool(self._terminal)
+        is_compiled = bool(self._compiling) and self._grammars.has_news
+        return self._scheduler.has_work() or bool(self._terminal) or is_compiled
 
     def step(self) -> StepOutput:
         """Advance every running sequence by one step."""
         started = self._clock()
+        waiting, self._compiling = self._compiling, {}
+        for seq in waiting.values():
+            self._add(seq)
         batch = self._scheduler.schedule(self._pacer.max_prefill_tokens())
         for seq in batch.preempted:
             logger.info(
@@ -84,6 +99,23 @@ class EngineCore:
         outputs, self._terminal = self._terminal + outputs, []
         return StepOutput(outputs=outputs, stats=self._stats(batch, finished - started))
 
+    def _add(self, seq: Sequence) -> None:
+        """Queue a sequence that is ready, or have it wait for its grammar."""
+        try:
+            if seq.params.grammar is not None:
+                answer = self._grammars.compiled(seq.params.grammar)
+                if answer is None:
+                    self._compiling[seq.request_id] = seq
+                    return
+                if isinstance(answer, GrammarError):
+                    raise answer
+                seq.compiled_grammar = answer
+            self._scheduler.add(seq)
+        except (NeverFitsError, GrammarError) as error:
+            self._terminal.append(
+                SequenceOutput(request_id=seq.request_id, finish_reason=FinishReason.ERROR, error=str(error))
+            )
+
     def _stats(self, batch: ScheduledBatch, seconds: float) -> StepStats:
         num_decode_tokens = sum(
             1 for scheduled in batch.sequences if scheduled.start >= scheduled.seq.num_prompt_tokens
@@ -91,7 +123,7 @@ class EngineCore:
         counts = self._scheduler.take_counts()
         return StepStats(
             num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
+            num_waiting=self._scheduler.num_waiting + len(self._compiling),
             kv_usage=self._scheduler.kv_usage(),
             num_preemptions=counts.num_preemptions,
             prefix_cache_queries=counts.prefix_cache_queries,

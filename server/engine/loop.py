@@ -23,11 +23,15 @@ import msgspec
 
 from server.engine import transport
 from server.engine.core import EngineCore
-from server.engine.types import Abort, Failed, FromEngine, Loading, Ready, Start, Submit, ToEngine
+from server.engine.types import Abort, Failed, FromEngine, Loading, Ready, Start, Submit, ToEngine, Vocabulary
 
 logger = logging.getLogger(__name__)
 
-Inbox = queue.SimpleQueue[ToEngine | None]
+class Wake:
+    """The core has work that no message of the front brought."""
+
+
+Inbox = queue.SimpleQueue[ToEngine | Wake | None]
 """What the front sent, in order; None when it has closed."""
 
 
@@ -43,7 +47,11 @@ def serve(inbox: Inbox, send: Callable[[FromEngine], None]) -> int:
     if not isinstance(start, Start):
         return 0
     try:
-        core, info = build_engine(start.config, lambda stage, fraction: send(Loading(stage, fraction)))
+        core, info = build_engine(
+            start.config,
+            progress=lambda stage, fraction: send(Loading(stage, fraction)),
+            wake=lambda: inbox.put(Wake()),
+        )
     except StartError as error:
         send(Failed(str(error)))
         return os.EX_CONFIG  # which a restart would not help
@@ -65,12 +73,16 @@ def _run(core: EngineCore, inbox: Inbox, send: Callable[[FromEngine], None]) -> 
         send(core.step())
 
 
-def _handle(core: EngineCore, message: ToEngine) -> None:
+def _handle(core: EngineCore, message: ToEngine | Wake) -> None:
     match message:
+        case Vocabulary():
+            core.set_vocabulary(message)
         case Submit(request):
             core.add(request)
         case Abort(request_ids):
             core.abort(request_ids)
+        case Wake():
+            pass  # it did what it is for
         case Start():
             logger.warning("ignored a second Start message")
 

@@ -20,6 +20,7 @@ from server.engine.backend.base import TokenSampler
 from server.engine.inputs import AttentionMetadata, ModelInputs, PromptRows, build_inputs, missing_prompt_rows
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.models.gemma import GemmaModel
+from server.engine.sampling.constraints import TokenConstraints
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence as EngineSequence
 
@@ -35,6 +36,7 @@ class ModelRunner:
         self._model = model
         self._kv = kv
         self._sampler = sampler
+        self._constraints = TokenConstraints(model.config.vocab_size)
         self._forward = model.capture(kv.by_layer, max(max_num_batched_tokens, 1 + _WARM_UP_TOKENS))
 
     def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
@@ -48,7 +50,9 @@ class ModelRunner:
         self._append_prompt_logprobs(hidden[len(sampling) :], prompt_rows)
         if not sampling:
             return []
-        return self._sampler.sample(self._model.compute_logits(hidden[: len(sampling)]), sampling)
+        masks = self._constraints.masks(batch.sequences)
+        sampled = self._sampler.sample(self._model.compute_logits(hidden[: len(sampling)]), sampling, masks)
+        return self._constraints.take(batch.sequences, sampled) if masks else sampled
 
     def warm_up(self) -> None:
         """Computes one small batch in the null block, so that no request pays for first-use costs."""

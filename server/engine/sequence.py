@@ -6,6 +6,7 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from server.engine.grammar.library import Matcher
 from server.engine.types import GenerateRequest, PromptTokenLogprob, SamplingParams
 
 
@@ -41,6 +42,8 @@ class Sequence:
     scheduled_at: float = 0.0
     prompt_logprobs: list[PromptTokenLogprob | None] = field(default_factory=list)
     """Grows with the prefill, where asked for."""
+    compiled_grammar: Matcher | None = None
+    """That of `params.grammar`, at the beginning of the text; set before the sequence is scheduled."""
 
     @classmethod
     def from_request(cls, request: GenerateRequest) -> Sequence:

@@ -4,6 +4,7 @@ Everything here is a frozen msgspec struct, free of torch, so that both sides ma
 exchange:
 
 1. The front sends `Start` once; the engine answers with `Loading` (any number) and then `Ready` once.
+   `Vocabulary` comes at most once, before the first request that has a grammar.
 2. For each `Submit` the engine answers any number of `SequenceOutput`s, of which exactly one, the last, has a
    `finish_reason`. An id that was aborted gets its terminal output too.
 3. `Abort` is idempotent and may name ids that the engine never saw or has already finished.
@@ -51,6 +52,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end the sequence; the front leaves the end-of-sequence ids out under `ignore_eos`."""
+    grammar: str | None = None
+    """What the generated text must match: a grammar in llguidance's Lark syntax or its JSON form. Stop tokens
+    can then be sampled only where the text may end. A `Vocabulary` has to come before the request."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """Ids that can be sampled; empty: all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of ids, none of them empty, that are not generated: the last id of each is ruled out where the
+    newest generated ids are those before it."""
     logprobs: int | None = None
     """None: no logprobs. k >= 0: the sampled token's and those of the k likeliest tokens."""
     logprob_token_ids: tuple[int, ...] = ()
@@ -141,6 +150,16 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     config: EngineConfig
 
 
+class Vocabulary(msgspec.Struct, frozen=True, tag=True):
+    """What grammars are matched against."""
+
+    lengths: bytes
+    """Of each token's piece: native unsigned 32-bit integers, one for each row of the embedding."""
+    pieces: bytes
+    """One behind another; 0xFF and the name for a control token, which only a grammar that names it allows."""
+    eos_token_id: int
+
+
 class Submit(msgspec.Struct, frozen=True, tag=True):
     request: GenerateRequest
 
@@ -149,7 +168,7 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request_ids: list[str]
 
 
-ToEngine = Start | Submit | Abort
+ToEngine = Start | Vocabulary | Submit | Abort
 
 
 # --- engine -> front ---------------------------------------------------------------------------------------

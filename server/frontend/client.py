@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
-from server.engine.types import EngineConfig, EngineInfo, GenerateRequest, Loading, SequenceOutput, StepStats
+from server.engine.types import (
+    EngineConfig,
+    EngineInfo,
+    GenerateRequest,
+    Loading,
+    SequenceOutput,
+    StepStats,
+    Vocabulary,
+)
 
 
 class EngineDeadError(Exception):
@@ -21,6 +29,8 @@ class EngineClient(Protocol):
     """Called once for each finished step."""
     on_death: Callable[[str], None]
     """Called once, with the reason, if the engine ends without having been asked to."""
+    make_vocabulary: Callable[[], Vocabulary]
+    """Called in a thread, once, when the first request with a grammar comes."""
 
     async def start(self, config: EngineConfig) -> EngineInfo:
         """Load the model. Raises EngineDeadError, with the reason, if that fails."""

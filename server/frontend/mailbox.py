@@ -28,8 +28,14 @@ from server.engine.types import (
     StepStats,
     Submit,
     ToEngine,
+    Vocabulary,
 )
 from server.frontend.client import EngineDeadError
+
+
+def no_vocabulary() -> Vocabulary:
+    """Of an engine that is sent no grammars."""
+    raise NotImplementedError
 
 
 class _Mailbox:
@@ -81,6 +87,8 @@ class MailboxClient(abc.ABC):
         self.on_loading: Callable[[Loading], None] = lambda loading: None
         self.on_step: Callable[[StepStats], None] = lambda stats: None
         self.on_death: Callable[[str], None] = lambda reason: None
+        self.make_vocabulary: Callable[[], Vocabulary] = no_vocabulary
+        self._sending_vocabulary: asyncio.Task[None] | None = None
         self._mailboxes: dict[str, _Mailbox] = {}
         self._started: asyncio.Future[EngineInfo] | None = None
         self._dead: str | None = None
@@ -91,6 +99,10 @@ class MailboxClient(abc.ABC):
         """Hand one message to the engine; never blocks, and does nothing if the engine is gone."""
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[SequenceOutput, None]:
+        if request.params.grammar is not None:
+            # One task for all: a client that leaves meanwhile must not take it along.
+            self._sending_vocabulary = self._sending_vocabulary or asyncio.create_task(self._send_vocabulary())
+            await asyncio.shield(self._sending_vocabulary)
         if self._dead is not None:
             raise EngineDeadError(self._dead)
         mailbox = self._mailboxes[request.request_id] = _Mailbox()
@@ -105,6 +117,9 @@ class MailboxClient(abc.ABC):
             del self._mailboxes[request.request_id]
             if not finished and self._dead is None:
                 self._send(Abort([request.request_id]))
+
+    async def _send_vocabulary(self) -> None:
+        self._send(await asyncio.to_thread(self.make_vocabulary))
 
     def _deliver(self, message: FromEngine) -> None:
         match message:

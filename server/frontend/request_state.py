@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from server.engine.types import FinishReason, SequenceOutput, TokenLogprob
 from server.frontend.detokenizer import Detokenizer
+from server.frontend.tool_parser import CallFinder
 from server.tokenizer import Tokenizer
 
 
@@ -26,6 +27,8 @@ class StopConditions:
     """Whether the text keeps the stop string, or the text of the stop token, that ended it."""
     min_tokens: int = 0
     """A stop string ends the text only if its last character comes from a later token than so many."""
+    tool_names: frozenset[str] = frozenset()
+    """Tools that the text may call. No stop string is looked for in a call, which it would leave incomplete."""
     silent_token_ids: frozenset[int] = frozenset()
     """Stop tokens that are not reported as `stop_reason`: those of the model, not of the request."""
 
@@ -63,6 +66,7 @@ class RequestState:
         self._stop = stop
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
         self._matchers = [_StopMatcher(string) for string in self._stop.strings]
+        self._calls = CallFinder(stop.tool_names) if stop.tool_names and stop.strings else None
         self._tokens: deque[_HeldToken] = deque()
         self._held_text = ""  # the text from self._released on
         self._released = 0  # characters
@@ -109,14 +113,24 @@ class RequestState:
     def _add_text(self, text: str) -> None:
         if self._matchers and text:
             may_stop = self.num_generated > self._stop.min_tokens
-            for length, character in enumerate(text, start=1):
+            num_searched, is_in_call = self._find_call(text)
+            for length, character in enumerate(text[:num_searched], start=1):
                 matched = [matcher.string for matcher in self._matchers if matcher.push(character)]
                 if matched and may_stop:
                     self._match = max(matched, key=len)
                     kept = self._held_text + text[:length]
                     self._held_text = kept if self._stop.include_in_output else kept[: -len(self._match)]
                     return
+            if is_in_call:
+                self._matchers = []
         self._held_text += text
+
+    def _find_call(self, text: str) -> tuple[int, bool]:
+        """How much of `text` is searched for stop strings, and whether the rest belongs to a call."""
+        if self._calls is None:
+            return len(text), False
+        _, name, rest = self._calls.push(text)
+        return len(text) - len(rest), name is not None
 
     def _delta(self, output: SequenceOutput) -> TextDelta | None:
         finish_reason, stop_reason = self._finish(output)

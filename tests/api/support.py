@@ -30,6 +30,7 @@ from server.engine.types import (
     TokenLogprob,
 )
 from server.frontend.client import EngineDeadError
+from server.frontend.mailbox import no_vocabulary
 from server.frontend.served_model import ServedModel
 from server.runtime import Phase, Runtime
 from tests.fixtures_tokenizers import make_tiny_tokenizer
@@ -73,6 +74,7 @@ class FakeEngineClient:
         self.on_loading: Callable[[Loading], None] = lambda loading: None
         self.on_step: Callable[[StepStats], None] = lambda stats: None
         self.on_death: Callable[[str], None] = lambda reason: None
+        self.make_vocabulary = no_vocabulary
         self.script = Script()
         self.submitted: list[GenerateRequest] = []
         self.running: set[str] = set()
@@ -181,30 +183,30 @@ class ScriptedRuntime(Runtime):
     async def stop(self) -> None:
         await self.client.stop()
 
-    def load(self) -> None:
+    def load(self, max_model_len: int = MAX_MODEL_LEN) -> None:
         assert END_OF_TURN is not None
         self.model = ServedModel(
             names=(MODEL, ALIAS),
             root="embedded",
             created=1_700_000_000,
             tokenizer=TOKENIZER,
-            info=make_info(),
+            info=make_info(max_model_len),
             stop_token_ids=(EOS, END_OF_TURN),
         )
         self.phase = Phase.READY
         self.metrics.set_model(self.model, 1.5)
 
 
-def make_info() -> EngineInfo:
+def make_info(max_model_len: int = MAX_MODEL_LEN) -> EngineInfo:
     return EngineInfo(
         device="cpu",
         dtype="float32",
         quantization="none",
         backend="reference",
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         max_num_seqs=4,
         max_num_batched_tokens=64,
-        max_sequence_tokens=MAX_SEQUENCE_TOKENS,
+        max_sequence_tokens=max_model_len - MAX_MODEL_LEN + MAX_SEQUENCE_TOKENS,
         vocab_size=VOCAB_SIZE,
         block_size=16,
         num_blocks={"full": 40, "sliding": 20},
@@ -264,11 +266,13 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(*, loaded: bool = True, **options: Any) -> Iterator[LiveServer]:
+def live_server(
+    *, loaded: bool = True, max_model_len: int = MAX_MODEL_LEN, **options: Any
+) -> Iterator[LiveServer]:
     engine = FakeEngineClient()
     runtime = ScriptedRuntime(ServerConfig(**options), engine)
     if loaded:
-        runtime.load()
+        runtime.load(max_model_len)
     # Named as TCP, or asyncio would leave Nagle's algorithm on, which costs each answer 40 ms.
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))

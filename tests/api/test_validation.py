@@ -172,7 +172,6 @@ BAD_COMPLETION_FIELDS = [
     {"n": 128, "prompt": ["a"] * 9},
 ]
 CHANGES_MEANING = [
-    {"tools": [{"type": "function", "function": {"name": "f"}}]},
     {"tool_choice": "auto"},
     {"functions": [{"name": "f"}]},
     {"response_format": {"type": "json_object"}},

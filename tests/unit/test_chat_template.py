@@ -9,6 +9,7 @@ import tokenizers
 
 from server.chat_template import ChatMessage, ChatTemplateError, join_text_parts, render_chat
 from server.tokenizer import Tokenizer
+from server.tool_format import Tool, ToolCall, declarations_text
 from tests.fixtures_tokenizers import DATA, make_tiny_tokenizer_json
 
 VECTORS: dict[str, Any] = json.loads((DATA / "chat_vectors.json").read_text(encoding="utf-8"))
@@ -143,15 +144,9 @@ def test_no_messages_are_refused(tiny_tokenizer: Tokenizer) -> None:
 
 
 def test_an_unknown_role_is_refused_with_the_allowed_ones(tiny_tokenizer: Tokenizer) -> None:
-    with pytest.raises(ChatTemplateError, match=r'"robot".*system, developer, user, assistant') as caught:
+    with pytest.raises(ChatTemplateError, match=r'"robot".*system, developer, user, assistant, tool') as caught:
         render_chat([ChatMessage("user", "a"), ChatMessage("robot", "b")], tiny_tokenizer)
     assert caught.value.param == "messages[1].role"
-
-
-@pytest.mark.parametrize("role", ["tool", "function"])
-def test_tool_messages_are_refused_as_not_supported(tiny_tokenizer: Tokenizer, role: str) -> None:
-    with pytest.raises(ChatTemplateError, match="tool messages are not supported yet"):
-        render_chat([ChatMessage(role, "a")], tiny_tokenizer)
 
 
 def test_a_tokenizer_without_turn_tokens_cannot_chat() -> None:
@@ -159,3 +154,76 @@ def test_a_tokenizer_without_turn_tokens_cannot_chat() -> None:
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_buffer(data))
     with pytest.raises(ChatTemplateError, match="no <start_of_turn> and <end_of_turn> tokens"):
         render_chat([ChatMessage("user", "a")], tokenizer)
+
+
+def assistant_calls(*calls: tuple[str, str, str], text: str = "") -> ChatMessage:
+    return ChatMessage("assistant", text, tuple(ToolCall(*call) for call in calls))
+
+
+def test_calls_are_lines_of_the_model_s_turn_and_results_text_of_the_user_s(tiny_tokenizer: Tokenizer) -> None:
+    messages = [
+        ChatMessage("user", "q"),
+        assistant_calls(("1", "f", '{"a":  1}'), ("2", "g", ""), text=" both "),
+        ChatMessage("tool", "second", call_id="2"),
+        ChatMessage("tool", " first ", call_id="1"),
+        ChatMessage("user", "so?"),
+    ]
+    assert render_chat(messages, tiny_tokenizer, add_generation_prompt=False).text == "<bos>" + (
+        user_turn("q")
+        + model_turn('both\n{"name": "f", "parameters": {"a":  1}}\n{"name": "g", "parameters": {}}')
+        + user_turn("Result of g (call 2 of 2):\nsecond\n\nResult of f (call 1 of 2):\nfirst\n\nso?")
+    )
+
+
+def test_the_result_of_a_lone_call_is_not_numbered(tiny_tokenizer: Tokenizer) -> None:
+    messages = [assistant_calls(("1", "f", "{}")), ChatMessage("tool", "r", call_id="1")]
+    text = render_chat(messages, tiny_tokenizer).text
+    assert user_turn("Result of f:\nr") in text
+
+
+def test_an_id_means_the_latest_call_of_that_id(tiny_tokenizer: Tokenizer) -> None:
+    messages = [
+        assistant_calls(("1", "f", "{}")),
+        ChatMessage("tool", "r", call_id="1"),
+        assistant_calls(("1", "g", "{}")),
+        ChatMessage("tool", "s", call_id="1"),
+    ]
+    text = render_chat(messages, tiny_tokenizer).text
+    assert user_turn("Result of g:\ns") in text
+
+
+@pytest.mark.parametrize(
+    "before",
+    [[], [ChatMessage("user", "q")], [assistant_calls(("2", "f", "{}"))], [ChatMessage("assistant", "a")]],
+)
+def test_a_result_without_its_call_is_refused(tiny_tokenizer: Tokenizer, before: list[ChatMessage]) -> None:
+    messages = [*before, ChatMessage("tool", "r", call_id="1"), assistant_calls(("1", "f", "{}"))]
+    with pytest.raises(ChatTemplateError, match="no assistant message before it has a tool call") as caught:
+        render_chat(messages, tiny_tokenizer)
+    assert caught.value.param == f"messages[{len(before)}].tool_call_id"
+
+
+def test_declarations_begin_the_first_user_turn(tiny_tokenizer: Tokenizer) -> None:
+    messages = [ChatMessage("assistant", "a"), ChatMessage("system", "S"), ChatMessage("user", "q")]
+    chat = render_chat(messages, tiny_tokenizer, add_generation_prompt=False, declarations="D")
+    assert chat.text == "<bos>" + model_turn("a") + user_turn("D\n\nS\n\nq")
+    assert chat.notes == ("messages[1] (system) was folded into the user turn of messages[2]",)
+    alone = render_chat([ChatMessage("assistant", "a")], tiny_tokenizer, False, declarations="D")
+    assert alone.text == "<bos>" + model_turn("a") + user_turn("D")
+    assert alone.notes == ()
+
+
+def test_control_tokens_in_tools_calls_and_results_are_text(real_tokenizer: Tokenizer) -> None:
+    typed = "<end_of_turn>\n<start_of_turn>model\n<eos>"
+    tool = Tool(typed, typed, {"description": typed})
+    messages = [
+        ChatMessage("user", "q"),
+        assistant_calls(("1", typed, f'{{"a": "{typed}"}}')),
+        ChatMessage("tool", typed, call_id="1"),
+    ]
+    chat = render_chat(messages, real_tokenizer, declarations=declarations_text([tool], is_parallel=True))
+    ids = chat.token_ids(real_tokenizer)
+    controls = [token_id for token_id in ids if token_id in real_tokenizer.control_token_ids]
+    start, end = real_tokenizer.start_of_turn_id, real_tokenizer.end_of_turn_id
+    assert controls == [real_tokenizer.bos_id, *[start, end] * 3, start]
+    assert real_tokenizer.decode(ids).count("<eos>") == 7

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 from server.engine.dtype import DType
 from server.engine.inputs import ModelInputs
 from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
-from server.engine.sampling.types import SampledToken
+from server.engine.sampling.types import SampledToken, TokenMask
 from server.engine.sequence import Sequence as EngineSequence
 from server.engine.types import PromptTokenLogprob
 
@@ -77,8 +77,13 @@ class AttentionLayer(Generic[NormT]):
 class TokenSampler(Protocol[AnyLogitsT]):
     """What `sampling.sampler` describes, for the logits of one back end."""
 
-    def sample(self, logits: AnyLogitsT, seqs: Sequence[EngineSequence]) -> list[SampledToken]:
-        """One token for each row of logits, which may be overwritten; row i belongs to seqs[i]."""
+    def sample(
+        self, logits: AnyLogitsT, seqs: Sequence[EngineSequence], masks: Mapping[int, TokenMask] | None = None
+    ) -> list[SampledToken]:
+        """One token for each row of logits, which may be overwritten; row i belongs to seqs[i].
+
+        What a row's mask, if it has one, does not allow is not sampled.
+        """
 
     def gather_logprobs(
         self, logits: AnyLogitsT, chosen: Sequence[int], num_top: Sequence[int]

@@ -22,13 +22,11 @@ from numpy.typing import NDArray
 from server.engine.backend.native_calls import LogprobsCall, SampleCall, SampleResult, SampleRow
 from server.engine.sampling.rng import uniform
 from server.engine.sampling.token_counts import TokenCounts
-from server.engine.sampling.types import NOT_FINITE, NOTHING_LEFT, SampledToken, is_greedy
+from server.engine.sampling.types import NOT_FINITE, NOTHING_LEFT, SampledToken, TokenMask, is_greedy
 from server.engine.sequence import Sequence
 from server.engine.types import PromptTokenLogprob, TokenLogprob
 
 Logits = NDArray[np.float32]
-TokenMask = NDArray[np.uint32]
-"""Which tokens are allowed: bit i % 32 of word i // 32 for token i, at least as many words as that takes."""
 
 _FEW = 256
 """So many candidates are sorted without more ado: at most 1024 (kParts)."""

@@ -6,14 +6,15 @@ Laws:
 2. Suppressed ids and ids of probability zero are never chosen.
 3. A row without a finite maximum (NaN, infinity, or nothing left to choose) fails alone.
 4. Only rows that ask for a step pay for it. A batch of greedy rows costs one pass over the logits.
-5. The order of steps: logprobs (of the model's own logits, as vLLM's raw_logprobs), suppressed ids, the changes
-   of `adjust_logits`, temperature, min_p, top_k, top_p.
+5. The order of steps: logprobs (of the model's own logits, as vLLM's raw_logprobs), suppressed ids and
+   masks, the changes of `adjust_logits`, temperature, min_p, top_k, top_p.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -31,7 +32,7 @@ from server.engine.sampling.draw import (
 )
 from server.engine.sampling.logprobs import gather_logprobs, prompt_logprobs
 from server.engine.sampling.penalties import adjust_logits
-from server.engine.sampling.types import NOT_FINITE, NOTHING_LEFT, SampledToken, is_greedy
+from server.engine.sampling.types import NOT_FINITE, NOTHING_LEFT, SampledToken, TokenMask, is_greedy
 from server.engine.sequence import Sequence
 from server.engine.types import PromptTokenLogprob, SamplingParams
 
@@ -50,16 +51,25 @@ class Sampler:
         self._suppressed = torch.tensor(suppressed, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, seqs: Seq[Sequence]) -> list[SampledToken]:
+    def sample(
+        self, logits: Tensor, seqs: Seq[Sequence], masks: Mapping[int, TokenMask] | None = None
+    ) -> list[SampledToken]:
         """One token for each row of logits [S, V] (float32, V >= vocab_size), which are changed in place.
 
         Row i belongs to seqs[i]. `seqs[i].num_generated` picks the random number.
+
+        Args:
+            masks: by row; what they do not allow is suppressed.
         """
         reported = [row for row, seq in enumerate(seqs) if seq.params.logprobs is not None]
         raw = logits[reported]
 
         logits[:, self._vocab_size :] = -math.inf  # rows that pad the embedding
         logits.index_fill_(1, self._suppressed, -math.inf)
+        for row, mask in (masks or {}).items():
+            allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: self._vocab_size]
+            forbidden = torch.from_numpy(allowed == 0).to(logits.device)
+            logits[row, : self._vocab_size].masked_fill_(forbidden, -math.inf)
         adjust_logits(logits, seqs)
         blocked = BlockedLogits(logits)
         largest, likeliest = blocked.best()

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from server.engine.types import SamplingParams, TokenLogprob
+
+TokenMask = NDArray[np.uint32]
+"""Which tokens can be sampled: bit i % 32 of word i // 32 for token i, in as many words as the vocabulary takes."""
 
 LOGPROB_FLOOR = -9999.0
 """Stands for minus infinity, which JSON lacks (vLLM's value)."""
@@ -24,6 +30,8 @@ class SampledToken:
     """Where the sequence asked for logprobs."""
     error: str | None = None
     """Why this row could not be sampled. Other rows of the batch are unaffected."""
+    completes: bool = False
+    """Whether nothing can follow it in the sequence's grammar."""
 
 
 def is_greedy(params: SamplingParams) -> bool:

@@ -1,0 +1,58 @@
+"""From a conversation to an admitted turn: the part that the dialects of the API have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.requests import Request
+
+from server.api.params import Logprobs, choices_of_prompt
+from server.api.prompts import chat_token_ids, truncated
+from server.api.protocol import GenerationFields
+from server.api.serving import admit
+from server.chat_template import ChatMessage
+from server.frontend.admission import check_token_ids, resolve_max_tokens
+from server.frontend.generation import ChoiceRequest
+from server.frontend.served_model import ServedModel
+from server.frontend.tool_grammar import ToolPlan
+from server.frontend.turn import Turn
+
+
+async def begin_turn(
+    request: Request,
+    model: ServedModel,
+    messages: Sequence[ChatMessage],
+    fields: GenerationFields,
+    *,
+    tools: ToolPlan,
+    max_tokens: int | None,
+    logprobs: Logprobs,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | None = None,
+    messages_param: str = "messages",
+    max_tokens_param: str = "max_tokens",
+) -> Turn:
+    """Room for the answer to `messages`. The params are the dialect's names for fields, for errors.
+
+    Raises InvalidRequestError, QueueFullError.
+    """
+    rendered = await chat_token_ids(
+        messages,
+        model,
+        declarations=tools.declarations,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        param=messages_param,
+    )
+    prompt = truncated(rendered, fields, model, max_tokens)
+    max_tokens = resolve_max_tokens(
+        len(prompt), max_tokens, model.info, param=messages_param, max_tokens_param=max_tokens_param
+    )
+    check_token_ids(prompt, model.info, messages_param)
+    choices = [
+        ChoiceRequest(0, prompt, params.sampling, params.stop, fields.skip_special_tokens is not False)
+        for params in choices_of_prompt(
+            fields, model, max_tokens=max_tokens, logprobs=logprobs, count=fields.n or 1, tools=tools
+        )
+    ]
+    return Turn(admit(request, model, choices, fields), prompt, tools.names)
