@@ -5,9 +5,9 @@ any mix of single tokens and prompt chunks. Laws:
 
 1. A step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` sequences.
 2. Sequences with one token to go come before chunks, so that a long prompt never stalls a running stream.
-   Within both kinds, and among the waiting, the first to arrive comes first; nobody overtakes the queue's head.
-3. Memory that runs out is taken from one of the later arrivals, which is recomputed: its tokens stay, its
-   blocks go. The oldest running sequence is never preempted, so every step gets something done.
+   Within both kinds, and among the waiting, the order is that of `Precedence`; nobody overtakes the queue's head.
+3. Memory that runs out is taken from one of the last in that order, which is recomputed: its tokens stay, its
+   blocks go. The first of the running is never preempted, so every step gets something done.
 4. Each sequence added leaves once, by a terminal output of `update` or by `abort`, and its blocks go free.
 5. A draft takes rows and blocks that nobody wants in this step, and gives back what it did not need.
 6. Pure policy: no tensors, no I/O, and the time only for stamping sequences.
@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import itertools
 import sys
-from bisect import insort
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from server.engine.kv_cache.manager import KVCacheManager
+from server.engine.precedence import Precedence
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence, SequenceStatus
 from server.engine.speculation import NgramSpeculator
@@ -126,9 +126,8 @@ class Scheduler:
         self._max_sequence_tokens = min(config.max_model_len, kv.max_sequence_tokens())
         self._sequences: dict[str, Sequence] = {}
         """All that live, by request id."""
-        self._ranks: dict[Sequence, int] = {}
-        """Their order of arrival, in which the two lists are kept."""
-        self._next_rank = itertools.count()
+        self._precedence = Precedence()
+        """The order in which the two lists are kept."""
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
         self._failed: list[SequenceOutput] = []
@@ -149,8 +148,8 @@ class Scheduler:
         if seq.request_id in self._sequences:
             raise ValueError(f"request id {seq.request_id!r} is in use")
         self._sequences[seq.request_id] = seq
-        self._ranks[seq] = next(self._next_rank)
-        self._waiting.append(seq)
+        self._precedence.enter(seq)
+        self._precedence.insert(seq, self._waiting)
 
     def abort(self, request_id: str) -> Sequence | None:
         """End a sequence, wherever it is; its blocks are free at once. None if no such sequence lives."""
@@ -236,7 +235,7 @@ class Scheduler:
                 self._fail(seq)
                 continue
             del self._waiting[0]
-            insort(self._running, seq, key=self._ranks.__getitem__)
+            self._precedence.insert(seq, self._running)
             seq.status = SequenceStatus.RUNNING
             seq.num_computed = num_cached
             if seq.num_preemptions == 0:
@@ -266,17 +265,13 @@ class Scheduler:
         return min(seq.num_tokens - start, budget, self._config.long_prefill_threshold)
 
     def _preempt_one(self) -> Sequence | None:
-        """Send one of the later arrived half of the running back to the queue; None if only one runs.
-
-        Of that half, the one with the fewest computed tokens costs least to compute again.
-        """
-        if len(self._running) == 1:
+        """Send one of the running back to the queue; None if only one runs."""
+        victim = self._precedence.victim(self._running)
+        if victim is None:
             return None
-        later_half = self._running[(len(self._running) + 1) // 2 :]
-        victim = min(reversed(later_half), key=lambda seq: seq.num_computed)
         self._kv.free(victim)
         self._running.remove(victim)
-        insort(self._waiting, victim, key=self._ranks.__getitem__)
+        self._precedence.insert(victim, self._waiting)
         victim.status = SequenceStatus.WAITING
         victim.num_computed = 0
         victim.num_preemptions += 1
@@ -387,7 +382,8 @@ class Scheduler:
     def _retire(self, seq: Sequence) -> None:
         """The only way out."""
         (self._running if seq.status is SequenceStatus.RUNNING else self._waiting).remove(seq)
-        del self._sequences[seq.request_id], self._ranks[seq]
+        del self._sequences[seq.request_id]
+        self._precedence.leave(seq)
         seq.status = SequenceStatus.FINISHED
         self._speculator.forget(seq)
         self._kv.free(seq)

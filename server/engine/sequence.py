@@ -6,7 +6,7 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from server.engine.types import GenerateRequest, SamplingParams, TokenLogprob
+from server.engine.types import GenerateRequest, PromptTokenLogprob, SamplingParams
 
 
 class SequenceStatus(enum.Enum):
@@ -39,7 +39,7 @@ class Sequence:
     """Prompt tokens found in the prefix cache when the sequence was first scheduled."""
     num_preemptions: int = 0
     scheduled_at: float = 0.0
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    prompt_logprobs: list[PromptTokenLogprob | None] = field(default_factory=list)
     """Grows with the prefill, where asked for."""
 
     @classmethod

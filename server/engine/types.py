@@ -53,6 +53,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Ids that end the sequence; the front leaves the end-of-sequence ids out under `ignore_eos`."""
     logprobs: int | None = None
     """None: no logprobs. k >= 0: the sampled token's and those of the k likeliest tokens."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """With `logprobs`: tokens whose logprobs are reported at each position, likely or not."""
     prompt_logprobs: int | None = None
     """As `logprobs`, for each prompt token but the first."""
 
@@ -66,6 +68,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     cache_salt: str = ""
     """Sequences share cached prefixes only under one salt."""
+    priority: int = 0
+    """Sequences with a lower one go first. -2**63 <= priority < 2**63."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,7 +164,14 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     token_id: int
     logprob: float
     top: list[tuple[int, float]]
-    """(token id, logprob), likeliest first; as many as were asked for."""
+    """(token id, logprob): as many as were asked for, likeliest first, then the ids that were asked for by name
+    and are not among them."""
+
+
+class PromptTokenLogprob(TokenLogprob, frozen=True, array_like=True):
+    rank: int
+    """The token's place among all, the likeliest being 1; of equally likely ones the lower id comes first. 0 where
+    the model's logits were not finite."""
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -171,7 +182,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Newly sampled ids; includes the stop token that ended the sequence, if one did."""
     logprobs: list[TokenLogprob] | None = None
     """One for each of `token_ids`, where asked for."""
-    prompt_logprobs: list[TokenLogprob | None] | None = None
+    prompt_logprobs: list[PromptTokenLogprob | None] | None = None
     """One for each prompt token (the first is None); rides on the output with the first token."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None

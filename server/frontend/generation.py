@@ -18,7 +18,13 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from server.engine.types import FinishReason, GenerateRequest, SamplingParams, SequenceOutput, TokenLogprob
+from server.engine.types import (
+    FinishReason,
+    GenerateRequest,
+    PromptTokenLogprob,
+    SamplingParams,
+    SequenceOutput,
+)
 from server.errors import EngineUnavailableError, GenerationError
 from server.frontend.admission import Permit
 from server.frontend.client import EngineClient, EngineDeadError
@@ -45,7 +51,7 @@ class ChoiceDelta:
 
     index: int
     text: TextDelta
-    prompt_logprobs: list[TokenLogprob | None] | None
+    prompt_logprobs: list[PromptTokenLogprob | None] | None
     """In the first delta of a choice, where asked for."""
 
 

@@ -25,7 +25,7 @@ from server.engine.models.config_reader import read_hf
 from server.engine.models.gemma import GemmaModel, prepare_weights
 from server.engine.sequence import Sequence as EngineSequence
 from server.engine.speculation import NgramSpeculator
-from server.engine.types import GenerateRequest, SamplingParams, TokenLogprob
+from server.engine.types import GenerateRequest, PromptTokenLogprob, SamplingParams
 
 VOCAB = 67
 WINDOW = 8
@@ -158,7 +158,7 @@ class Engine:
     num_preemptions: int = 0
     num_accepted_tokens: int = 0
     num_cached_tokens: dict[str, int] = field(default_factory=dict)
-    prompt_logprobs: dict[str, list[TokenLogprob | None]] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[PromptTokenLogprob | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         groups = self.model.config.kv_groups()

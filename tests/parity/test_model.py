@@ -93,6 +93,7 @@ def test_prompt_logprobs_are_the_log_softmax_of_transformers_logits(chunk: int) 
             assert entry.token_id == token_ids[position]
             assert entry.logprob == pytest.approx(float(row[token_ids[position]]), abs=1e-4)
             assert [token_id for token_id, _ in entry.top] == row.topk(3).indices.tolist()
+            assert entry.rank == 1 + int((row > row[token_ids[position]]).sum())
 
 
 def test_prompt_logprobs_survive_a_preemption_during_the_prompt() -> None:

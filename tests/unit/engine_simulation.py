@@ -20,20 +20,32 @@ from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence as EngineSequence
 from server.engine.sequence import SequenceStatus
 from server.engine.speculation import NgramSpeculator
-from server.engine.types import FinishReason, GenerateRequest, SamplingParams, SequenceOutput, TokenLogprob
+from server.engine.types import (
+    FinishReason,
+    GenerateRequest,
+    PromptTokenLogprob,
+    SamplingParams,
+    SequenceOutput,
+)
 
 VOCAB_SIZE = 7
 Entry = tuple[int, int, str]
 
 
 def make_request(
-    request_id: str, prompt: Sequence[int], max_tokens: int = 4, cache_salt: str = "", **params: object
+    request_id: str,
+    prompt: Sequence[int],
+    max_tokens: int = 4,
+    cache_salt: str = "",
+    priority: int = 0,
+    **params: object,
 ) -> GenerateRequest:
     return GenerateRequest(
         request_id=request_id,
         prompt_token_ids=list(prompt),
         params=SamplingParams(max_tokens=max_tokens, seed=0, **params),  # type: ignore[arg-type]
         cache_salt=cache_salt,
+        priority=priority,
     )
 
 
@@ -137,7 +149,7 @@ class SimulatedModel:
                 )
             if seq.params.prompt_logprobs is not None and not seq.num_generated:
                 for position in range(scheduled.start, min(end, seq.num_prompt_tokens)):
-                    known = TokenLogprob(seq.token_ids[position], -float(position), [])
+                    known = PromptTokenLogprob(seq.token_ids[position], -float(position), [], rank=1)
                     seq.prompt_logprobs.append(known if position else None)
             assert scheduled.samples == (end == seq.num_tokens + len(scheduled.draft))
             for _, fingerprint, _ in entries[seq][end - scheduled.num_sampled : end]:

@@ -17,7 +17,7 @@ from server.engine.sampling.penalties import adjust_logits
 from server.engine.sampling.sampler import Sampler
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence
-from server.engine.types import TokenLogprob
+from server.engine.types import PromptTokenLogprob
 from tests.unit.native_backends import native_backend
 
 LEVELS = ("avx2", "avx512")
@@ -27,7 +27,9 @@ LEVELS = ("avx2", "avx512")
 class SamplerUnderTest(Protocol):
     def sample(self, logits: Tensor, seqs: Seq[Sequence]) -> list[SampledToken]: ...
 
-    def gather_logprobs(self, logits: Tensor, chosen: Seq[int], num_top: Seq[int]) -> list[TokenLogprob]: ...
+    def gather_logprobs(
+        self, logits: Tensor, chosen: Seq[int], num_top: Seq[int]
+    ) -> list[PromptTokenLogprob]: ...
 
     def adjust(self, logits: Tensor, seqs: Seq[Sequence]) -> None:
         """Bias, min_tokens and penalties, in place."""
@@ -47,7 +49,7 @@ class _Native:
     def sample(self, logits: Tensor, seqs: Seq[Sequence]) -> list[SampledToken]:
         return self.native.sample(logits.numpy(), seqs)
 
-    def gather_logprobs(self, logits: Tensor, chosen: Seq[int], num_top: Seq[int]) -> list[TokenLogprob]:
+    def gather_logprobs(self, logits: Tensor, chosen: Seq[int], num_top: Seq[int]) -> list[PromptTokenLogprob]:
         return self.native.gather_logprobs(logits.numpy(), chosen, num_top)
 
     def adjust(self, logits: Tensor, seqs: Seq[Sequence]) -> None:

@@ -76,6 +76,7 @@ class EngineMachine(RuleBasedStateMachine):
         stop_token_ids=st.sampled_from([(), (), (0,), (2, 5)]),
         cache_salt=st.sampled_from(["", "", "other"]),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        priority=st.sampled_from([0, 0, 0, -1, 3]),
     )
     def add(
         self,
@@ -86,12 +87,14 @@ class EngineMachine(RuleBasedStateMachine):
         stop_token_ids: tuple[int, ...],
         cache_salt: str,
         prompt_logprobs: int | None,
+        priority: int,
     ) -> None:
         request = make_request(
             str(len(self.requests)),
             [*shared[:shared_length], *own] or [0],
             max_tokens,
             cache_salt,
+            priority,
             stop_token_ids=stop_token_ids,
             prompt_logprobs=prompt_logprobs,
         )
@@ -169,7 +172,9 @@ def test_a_crowd_with_shared_prefixes_and_disconnects_on_a_small_pool(
     for number in range(300):
         shared = SHARED_PREFIXES[number % 3][: chance.randrange(1, 30)]
         prompt = shared + [chance.randrange(VOCAB_SIZE) for _ in range(chance.randrange(4))]
-        requests[str(number)] = request = make_request(str(number), prompt, chance.randrange(1, 20))
+        requests[str(number)] = request = make_request(
+            str(number), prompt, chance.randrange(1, 20), priority=number % 7 // 6
+        )
         engine.add(request)
         for _ in range(chance.randrange(5)):
             engine.step()

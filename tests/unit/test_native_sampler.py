@@ -24,6 +24,7 @@ from server.engine.sampling.rng import uniform
 from server.engine.sampling.token_counts import TokenCounts
 from server.engine.sampling.types import LOGPROB_FLOOR, NOT_FINITE, NOTHING_LEFT, SampledToken
 from server.engine.sequence import Sequence
+from server.engine.types import TokenLogprob
 from tests.unit.samplers import LEVELS, allow, native_sampler_of
 from tests.unit.sampling_oracle import adjusted, sequence, survivors
 
@@ -196,7 +197,7 @@ def test_logprobs_are_those_before_the_mask():
     ours = native_sampler_of("avx2", 1, 100)
     [expected] = ours.gather_logprobs(logits, [40], [2])
     [result] = ours.sample(logits, [sequence(logprobs=2)], {0: allow([40], 100)})
-    assert result == SampledToken(40, expected)
+    assert result == SampledToken(40, TokenLogprob(40, expected.logprob, expected.top))
 
 
 def test_a_mask_that_allows_nothing_is_a_fault_of_its_row_alone():

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from server.engine.sampling.types import LOGPROB_FLOOR
-from server.engine.types import TokenLogprob
+from server.engine.types import PromptTokenLogprob
 from tests.unit.samplers import every_sampler, make_sampler
 from tests.unit.sampling_oracle import sequence
 
 __all__ = ["every_sampler"]  # a fixture
 
 
-def gather_logprobs(logits: torch.Tensor, chosen: list[int], num_top: list[int]) -> list[TokenLogprob]:
+def gather_logprobs(logits: torch.Tensor, chosen: list[int], num_top: list[int]) -> list[PromptTokenLogprob]:
     return make_sampler(logits.shape[1]).gather_logprobs(logits, chosen, num_top)
 
 
@@ -96,7 +96,8 @@ def test_the_sampler_reports_the_models_own_logprobs_of_the_token_it_chose(chang
     seq = sequence(temperature=0.5, top_k=5, logprobs=2, **changes)
     [result] = make_sampler(200, (4,)).sample(logits.clone(), [seq])
     assert result.token_id == 9
-    assert result.logprob == gather_logprobs(logits, [9], [2])[0]
+    [own] = gather_logprobs(logits, [9], [2])
+    assert (result.logprob.logprob, result.logprob.top) == (own.logprob, own.top)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -126,3 +127,48 @@ def test_the_likeliest_of_a_greedy_row_is_the_token_itself_even_in_a_tie():
     assert result.token_id == 70
     assert result.logprob is not None
     assert result.logprob.top[0] == (70, result.logprob.logprob)
+
+
+@pytest.mark.parametrize("vocab", [1, 50, 1000, 262_208])
+def test_a_rank_is_the_place_in_descending_order_and_then_by_id(vocab):
+    logits = (random_logits(8, vocab) * 2).round() / 2  # with many equal ones
+    logits[:, 0] = -0.0
+    chosen = [0, vocab - 1, vocab // 2, vocab // 3, *logits.argmax(dim=1)[4:].tolist()]
+    order = logits.sort(dim=1, descending=True, stable=True).indices
+    expected = [order[row].tolist().index(token) + 1 for row, token in enumerate(chosen)]
+    assert [found.rank for found in gather_logprobs(logits, chosen, [0] * 8)] == expected
+
+
+def test_the_rank_of_a_listed_token_is_its_place_in_the_list():
+    logits = random_logits(1, 300).round()
+    [whole] = gather_logprobs(logits, [0], [300])
+    for place, (token, _) in enumerate(whole.top, start=1):
+        assert gather_logprobs(logits, [token], [0])[0].rank == place
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_has_no_rank(bad):
+    logits = random_logits(2, 100)
+    logits[0, 3] = bad
+    assert [found.rank == 0 for found in gather_logprobs(logits, [3, 5], [0, 0])] == [True, False]
+
+
+@pytest.mark.parametrize("num_top", [0, 3])
+def test_tokens_named_by_id_are_reported_as_the_model_has_them_likely_or_not(num_top):
+    logits = random_logits(2, 500)
+    likeliest = int(logits[0].argmax())
+    named = (17, likeliest, 400, 17, 10_000)
+    # What the request itself changes about them does not show.
+    changes = {"logit_bias": {400: 50.0, 17: -50.0}, "repetition_penalty": 1.5, "prompt": (17, 400)}
+    seqs = [sequence(logprobs=num_top, logprob_token_ids=named, **changes), sequence(logprobs=1)]
+    results = make_sampler(500, (likeliest,)).sample(logits.clone(), seqs)
+    reference = torch.log_softmax(logits.double(), dim=-1)
+    logprob = results[0].logprob
+    assert logprob is not None
+    ids = [token for token, _ in logprob.top]
+    top = reference[0].topk(num_top).indices.tolist()
+    assert ids == top + [token for token in (17, likeliest, 400) if token not in top]
+    for token, value in logprob.top:
+        assert value == pytest.approx(reference[0, token].item(), abs=1e-5)
+    assert results[1].logprob is not None
+    assert len(results[1].logprob.top) == 1

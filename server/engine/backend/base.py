@@ -22,7 +22,7 @@ from server.engine.inputs import ModelInputs
 from server.engine.models.config import AttentionSpec, KVGroupSpec, LayerSpec
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence as EngineSequence
-from server.engine.types import TokenLogprob
+from server.engine.types import PromptTokenLogprob
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,8 +82,8 @@ class TokenSampler(Protocol[AnyLogitsT]):
 
     def gather_logprobs(
         self, logits: AnyLogitsT, chosen: Sequence[int], num_top: Sequence[int]
-    ) -> list[TokenLogprob]:
-        """The log-softmax at chosen[i] and at the num_top[i] likeliest of row i."""
+    ) -> list[PromptTokenLogprob]:
+        """The log-softmax at chosen[i] and at the num_top[i] likeliest of row i, and chosen[i]'s rank."""
 
 
 class Backend(Protocol[LinearT, TableT, NormT, CacheT, ArrayT, HiddenT, LogitsT, StepT]):

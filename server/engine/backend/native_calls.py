@@ -137,6 +137,8 @@ class SampleRow(ctypes.Structure):
         ("presence_penalty", c_double),
         ("frequency_penalty", c_double),
         ("allowed", c_void_p),
+        ("listed_ids", c_void_p),
+        ("num_listed", c_int64),
     ]
 
 
@@ -146,6 +148,7 @@ class SampleResult(ctypes.Structure):
         ("fault", c_int64),
         ("logprob", c_double),
         ("num_top", c_int64),
+        ("rank", c_int64),
     ]
 
 

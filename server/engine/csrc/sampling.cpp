@@ -458,7 +458,7 @@ void sample_row(const SampleCall& call, int64_t index, Scratch& scratch) {
     const SampleRow& params = call.params[index];
     float* logits = call.logits + index * call.columns;
     SampleResult& result = call.results[index];
-    result = {.token = -1, .fault = Fault::none, .logprob = kFloor, .num_top = 0};
+    result = {.token = -1, .fault = Fault::none, .logprob = kFloor, .num_top = 0, .rank = 0};
 
     const bool random = params.temperature > 0, report = params.num_top >= 0;
     const bool by_rank = params.top_k > 0 && params.top_k < call.vocab_size;
@@ -473,6 +473,10 @@ void sample_row(const SampleCall& call, int64_t index, Scratch& scratch) {
         const int64_t top = index * call.top_width;
         softmax =
             log_softmax(whole, scale_of_one, params.num_top, result, call.top_ids + top, call.top_logprobs + top);
+        for (int64_t i = 0; i < params.num_listed; ++i) {
+            call.top_ids[top + result.num_top] = params.listed_ids[i];
+            call.top_logprobs[top + result.num_top++] = softmax.of(logits[params.listed_ids[i]]);
+        }
     }
     const Row row{*call.kernels, scratch, logits, call.vocab_size};
     const bool known = report && call.columns == call.vocab_size && (!masses || params.temperature == 1);
@@ -512,10 +516,13 @@ void logprobs(Team& team, const LogprobsCall& call) {
         row.look(&scale);
         const int64_t top = index * call.top_width;
         SampleResult& result = call.results[index];
-        result = {.token = call.chosen[index], .fault = Fault::none, .logprob = kFloor, .num_top = 0};
+        const int64_t chosen = call.chosen[index];
+        result = {.token = chosen, .fault = Fault::none, .logprob = kFloor, .num_top = 0, .rank = 0};
         const LogSoftmax softmax =
             log_softmax(row, scale, call.num_top[index], result, call.top_ids + top, call.top_logprobs + top);
-        result.logprob = softmax.of(logits[call.chosen[index]]);
+        result.logprob = softmax.of(logits[chosen]);
+        if (!std::isnan(softmax.largest))
+            result.rank = 1 + call.kernels->before(logits, call.columns, scratch.blocks.maxima, chosen);
     }
 }
 

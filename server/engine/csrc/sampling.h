@@ -280,6 +280,24 @@ inline int64_t gather(
     return found;
 }
 
+inline int64_t before(const float* row, int64_t count, const float* maxima, int64_t id) {
+    const float own = row[id];
+    const Vec x = splat(own);
+    int64_t found = 0;
+    for (int64_t block = 0; block * kBlock < count; ++block) {
+        if (!(maxima[block] >= own)) continue;
+        with_block(row, count, block, std::numeric_limits<float>::quiet_NaN(), [&](const float* p) {
+            for (int64_t i = 0; i < kBlock; i += Vec::width) {
+                const int64_t lower_ids = id - (block * kBlock + i);  // so many lanes have one
+                const uint32_t lower = lower_ids <= 0 ? 0 : lower_ids >= Vec::width ? 0xffffu : (1u << lower_ids) - 1;
+                const Vec v = load(p + i);
+                found += __builtin_popcount(bits(less(x, v)) | (bits(equal(x, v)) & lower));
+            }
+        });
+    }
+    return found;
+}
+
 // --- passes over a list --------------------------------------------------------------------------------------
 
 inline void list_weights(const float* x, int64_t count, float largest, const Scale& scale, float* weights) {
@@ -338,7 +356,7 @@ inline int64_t list_part(List list, int64_t count, Partition partition, int64_t 
 
 constexpr RowKernels row_kernels = {
     look_at_blocks, look_at_marked, mask,       first_largest, shares,
-    gather,         list_weights,   list_range, list_tally,    list_part,
+    gather,         list_weights,   list_range, list_tally,    before,        list_part,
 };
 
 }  // namespace gemma::GEMMA_LEVEL

@@ -62,6 +62,8 @@ struct RowKernels {
     void (*tally)(
         const float* x, int64_t count, Partition partition, float largest, const Scale* scale, double* sums
     );
+    // How many logits come before logits[id], in descending order and then by id.
+    int64_t (*before)(const float* row, int64_t count, const float* maxima, int64_t id);
     // Lists what is in a part. Returns its number.
     int64_t (*part)(List list, int64_t count, Partition partition, int64_t part, List out);
 };
@@ -86,6 +88,8 @@ struct SampleRow {
     double repetition_penalty;  // 1: off
     double presence_penalty, frequency_penalty;
     const uint32_t* allowed;  // a bit for each id, the lowest first; null: all are
+    const int32_t* listed_ids;  // logprobs of these, too, if num_top >= 0
+    int64_t num_listed;
 };
 
 enum class Fault : int64_t { none = 0, not_finite = 1, nothing_left = 2 };
@@ -94,7 +98,8 @@ struct SampleResult {
     int64_t token;
     Fault fault;
     double logprob;   // of the token
-    int64_t num_top;  // listed in top_ids and top_logprobs
+    int64_t num_top;  // listed in top_ids and top_logprobs: the likeliest, then those of listed_ids
+    int64_t rank;     // of the token, counted from 1; 0: not asked for, or not finite
 };
 
 struct SampleCall {

@@ -24,7 +24,7 @@ from server.engine.sampling.rng import uniform
 from server.engine.sampling.token_counts import TokenCounts
 from server.engine.sampling.types import NOT_FINITE, NOTHING_LEFT, SampledToken, is_greedy
 from server.engine.sequence import Sequence
-from server.engine.types import TokenLogprob
+from server.engine.types import PromptTokenLogprob, TokenLogprob
 
 Logits = NDArray[np.float32]
 TokenMask = NDArray[np.uint32]
@@ -76,7 +76,7 @@ class NativeSampler:
         for i, mask in (masks or {}).items():
             rows[i].allowed = mask.ctypes.data
         results = (SampleResult * len(seqs))()
-        top = _TopTable(len(seqs), [seq.params.logprobs or 0 for seq in seqs], logits.shape[1])
+        top = _TopTable([min(max(row.num_top, 0), logits.shape[1]) + row.num_listed for row in rows])
         call = SampleCall(
             logits.ctypes.data,
             *logits.shape,
@@ -95,14 +95,14 @@ class NativeSampler:
             for i, (seq, result) in enumerate(zip(seqs, results, strict=True))
         ]
 
-    def gather_logprobs(self, logits: Logits, chosen: Seq[int], num_top: Seq[int]) -> list[TokenLogprob]:
+    def gather_logprobs(self, logits: Logits, chosen: Seq[int], num_top: Seq[int]) -> list[PromptTokenLogprob]:
         """The log-softmax of logits [S, V] (float32, contiguous, left unchanged) at `chosen[i]` and at the
-        `num_top[i]` likeliest, as `logprobs.gather_logprobs` has it."""
+        `num_top[i]` likeliest, as `logprobs.prompt_logprobs` has it."""
         if not chosen:
             return []
         chosen_ids, counts = array("q", chosen), array("q", num_top)
         results = (SampleResult * len(chosen))()
-        top = _TopTable(len(chosen), num_top, logits.shape[1])
+        top = _TopTable([min(count, logits.shape[1]) for count in num_top])
         call = LogprobsCall(
             logits.ctypes.data,
             *logits.shape,
@@ -112,7 +112,10 @@ class NativeSampler:
             *top.fields,
         )
         self._library.gemma_logprobs(self._engine, byref(call))
-        return [top.logprob(i, result) for i, result in enumerate(results)]
+        return [
+            PromptTokenLogprob(result.token, result.logprob, top.listed(i, result), result.rank)
+            for i, result in enumerate(results)
+        ]
 
 
 class _PreparedRow:
@@ -141,6 +144,8 @@ class _PreparedRow:
         self._row.bias_ids, self._row.num_bias = _address_and_length(self._bias_ids)
         self._row.bias = self._bias.buffer_info()[0]
         self._row.banned_ids = self._stop_ids.buffer_info()[0]
+        self._listed_ids = array("i", [token for token in params.logprob_token_ids if token < vocab_size])
+        self._row.listed_ids, self._row.num_listed = _address_and_length(self._listed_ids)
 
     def at_step(self, seq: Sequence) -> SampleRow:
         """The row for the sequence's next token, valid until the next call."""
@@ -157,19 +162,24 @@ class _PreparedRow:
 
 
 class _TopTable:
-    """Room for the likeliest tokens of each row."""
+    """Room for what is listed of each row."""
 
-    def __init__(self, rows: int, num_top: Seq[int], columns: int) -> None:
-        width = min(max(num_top), columns)
-        self._ids = np.empty((rows, width), dtype=np.int32)
-        self._logprobs = np.empty((rows, width), dtype=np.float64)
+    def __init__(self, lengths: Seq[int]) -> None:
+        """lengths: of the rows, at most."""
+        width = max(lengths)
+        self._ids = np.empty((len(lengths), width), dtype=np.int32)
+        self._logprobs = np.empty((len(lengths), width), dtype=np.float64)
         self.fields = (width, self._ids.ctypes.data, self._logprobs.ctypes.data)
         """Of the calls: top_width, top_ids, top_logprobs."""
 
     def logprob(self, row: int, result: SampleResult) -> TokenLogprob:
-        listed = result.num_top
-        ids, logprobs = self._ids[row, :listed].tolist(), self._logprobs[row, :listed].tolist()
-        return TokenLogprob(result.token, result.logprob, list(zip(ids, logprobs, strict=True)))
+        return TokenLogprob(result.token, result.logprob, self.listed(row, result))
+
+    def listed(self, row: int, result: SampleResult) -> list[tuple[int, float]]:
+        """(token id, logprob), each id once."""
+        length = result.num_top
+        ids, logprobs = self._ids[row, :length].tolist(), self._logprobs[row, :length].tolist()
+        return list(dict(zip(ids, logprobs, strict=True)).items())
 
 
 def _known(token_ids: Seq[int], vocab_size: int) -> array[int]:

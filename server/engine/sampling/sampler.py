@@ -29,11 +29,11 @@ from server.engine.sampling.draw import (
     draw_truncated,
     smallest_logit_needed,
 )
-from server.engine.sampling.logprobs import gather_logprobs
+from server.engine.sampling.logprobs import gather_logprobs, prompt_logprobs
 from server.engine.sampling.penalties import adjust_logits
 from server.engine.sampling.types import NOT_FINITE, NOTHING_LEFT, SampledToken, is_greedy
 from server.engine.sequence import Sequence
-from server.engine.types import SamplingParams, TokenLogprob
+from server.engine.types import PromptTokenLogprob, SamplingParams
 
 _NUM_CANDIDATES = 256
 """Candidates for a row without top_k. A nucleus that holds more is found by `BlockedLogits.at_least`."""
@@ -67,7 +67,11 @@ class Sampler:
         tokens = [drawn.get(row, token) for row, token in enumerate(likeliest)]
 
         num_top = [seqs[row].params.logprobs or 0 for row in reported]
-        logprobs = gather_logprobs(raw, [tokens[row] for row in reported], num_top)
+        also = [
+            [token for token in seqs[row].params.logprob_token_ids if token < self._vocab_size]
+            for row in reported
+        ]
+        logprobs = gather_logprobs(raw, [tokens[row] for row in reported], num_top, also)
         logprob_of = dict(zip(reported, logprobs, strict=True))
         faults = map(_fault, largest)
         return [
@@ -76,9 +80,9 @@ class Sampler:
         ]
 
     @torch.inference_mode()
-    def gather_logprobs(self, logits: Tensor, chosen: Seq[int], num_top: Seq[int]) -> list[TokenLogprob]:
-        """See `logprobs.gather_logprobs`."""
-        return gather_logprobs(logits, chosen, num_top)
+    def gather_logprobs(self, logits: Tensor, chosen: Seq[int], num_top: Seq[int]) -> list[PromptTokenLogprob]:
+        """See `logprobs.prompt_logprobs`."""
+        return prompt_logprobs(logits, chosen, num_top)
 
 
 def _is_random(seq: Sequence, largest: float) -> bool:
