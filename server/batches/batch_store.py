@@ -87,11 +87,15 @@ class BatchStore:
         return batch
 
     @transaction
+    def check_room(self, owner: str, batch_id: str) -> None:
+        """Raises StorageError if no result could be stored now."""
+        self._check_limit(0)
+        self._save(self._get(owner, batch_id))  # whether the disk takes anything is known when it has
+
+    @transaction
     def add_result(self, batch_id: str, result: Result) -> None:
-        """Raises StorageFullError."""
-        limit = self._files.max_bytes
-        if self.database.stored_bytes() + len(result.line) > limit:
-            raise StorageFullError(f"A result would exceed the {limit} bytes that may be stored.")
+        """Raises StorageError."""
+        self._check_limit(len(result.line))
         self._insert_results(batch_id, [result])
 
     @transaction
@@ -109,8 +113,12 @@ class BatchStore:
     async def finish(self, owner: str, batch_id: str, change: Change) -> Batch:
         """Turn the results into output files and have `change` make the batch final. Raises StorageError."""
         seconds = await self._output_seconds(batch_id)
-        output = await self._write_results(batch_id, True, new_file("batch_output", f"{batch_id}_output.jsonl", 0, seconds))
-        errors = await self._write_results(batch_id, False, new_file("batch_output", f"{batch_id}_error.jsonl", 0, seconds))
+        output = await self._write_results(
+            batch_id, True, new_file("batch_output", f"{batch_id}_output.jsonl", 0, seconds)
+        )
+        errors = await self._write_results(
+            batch_id, False, new_file("batch_output", f"{batch_id}_error.jsonl", 0, seconds)
+        )
         return await self._finish(owner, batch_id, output, errors, change)
 
     async def _write_results(self, batch_id: str, is_success: bool, file: File) -> File | None:
@@ -142,14 +150,19 @@ class BatchStore:
         batch = self._get(owner, batch_id)  # its counts come from the results, which go
         change(batch)
         assert batch.status.is_final
-        batch.output_file_id = output and output.id
-        batch.error_file_id = errors and errors.id
+        batch.output_file_id = None if output is None else output.id
+        batch.error_file_id = None if errors is None else errors.id
         self._save(batch)
         self.database.connection.execute("DELETE FROM results WHERE batch_id = ?", (batch_id,))
         for file in (output, errors):
             if file is not None:
                 self._files.insert(owner, file)
         return batch
+
+    def _check_limit(self, size: int) -> None:
+        limit = self._files.max_bytes
+        if self.database.stored_bytes() + size >= limit:
+            raise StorageFullError(f"A result would exceed the {limit} bytes that may be stored.")
 
     def _get(self, owner: str, batch_id: str) -> Batch:
         return self._counted(_decode(self.database.object("batches", owner, batch_id)))

@@ -24,7 +24,8 @@ CREATE TABLE IF NOT EXISTS files (
 );
 CREATE TABLE IF NOT EXISTS batches (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, owner TEXT NOT NULL,
-    input_file_id TEXT NOT NULL, output_seconds INTEGER NOT NULL, is_final INTEGER NOT NULL, object BLOB NOT NULL
+    input_file_id TEXT NOT NULL, output_seconds INTEGER NOT NULL, is_final INTEGER NOT NULL,
+    object BLOB NOT NULL
 );
 CREATE TABLE IF NOT EXISTS results (
     batch_id TEXT NOT NULL, number INTEGER NOT NULL, is_success INTEGER NOT NULL,
@@ -141,12 +142,12 @@ def transaction(
 ) -> Callable[Concatenate[_Self, _P], Coroutine[Any, Any, _R]]:
     """The method as a coroutine that runs as one transaction in the database's thread."""
 
-    @functools.wraps(method)
-    async def call(self: _Self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    async def call(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         def run() -> _R:
             with storage_errors(), self.database.connection:
                 return method(self, *args, **kwargs)
 
         return await asyncio.get_running_loop().run_in_executor(self.database.thread, run)
 
+    functools.update_wrapper(call, method)
     return call

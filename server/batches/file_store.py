@@ -37,9 +37,7 @@ class FileStore:
         """The content of a file that is known to exist."""
         return self._directory / file_id
 
-    async def add(
-        self, owner: str, filename: str, source: BinaryIO, size: int, lifetime: int | None
-    ) -> File:
+    async def add(self, owner: str, filename: str, source: BinaryIO, size: int, lifetime: int | None) -> File:
         """A batch's input with the rest of `source` as its content; `lifetime` in seconds, None: for ever.
 
         Raises StorageError.
@@ -149,9 +147,7 @@ class FileStore:
                 path.unlink()
 
 
-def new_file(
-    purpose: Literal["batch", "batch_output"], filename: str, size: int, lifetime: int | None
-) -> File:
+def new_file(purpose: Literal["batch", "batch_output"], filename: str, size: int, lifetime: int | None) -> File:
     now = int(time.time())
     return File(
         id=f"file-{uuid.uuid4().hex}",

@@ -1,7 +1,7 @@
 """The lines of a batch: one JSON object each, in the input as in the output.
 
-    {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {...}}
-    {"id": "batch_req_...", "custom_id": "1", "response": {"status_code": 200, ...}, "error": null}
+{"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {...}}
+{"id": "batch_req_...", "custom_id": "1", "response": {"status_code": 200, ...}, "error": null}
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def parse_line(number: int, raw: bytes) -> Line:
     try:
         raw.decode()  # the decoder below does not look at what it passes over
         fields = _envelopes.decode(raw)
-        body = None if fields.body is UNSET else _bodies.decode(fields.body)
+        raw_body = b"" if fields.body is UNSET else bytes(fields.body)
+        body = _bodies.decode(raw_body) if raw_body else _Body()
     except UnicodeDecodeError:
         raise LineError(number, "invalid_json_line", f"Line {number} is not valid UTF-8.") from None
     except (msgspec.DecodeError, RecursionError) as error:
@@ -92,24 +93,23 @@ def parse_line(number: int, raw: bytes) -> Line:
         raise LineError(number, "invalid_json_line", f"Line {number} is not valid: {problem}.") from None
     for name in ("custom_id", "method", "url", "body"):
         if getattr(fields, name) is UNSET:
-            raise LineError(
-                number, "missing_required_parameter", f"Line {number} has no '{name}'.", name
-            )
+            raise LineError(number, "missing_required_parameter", f"Line {number} has no '{name}'.", name)
     custom_id, url = fields.custom_id, fields.url
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID_CHARS:
         message = f"'custom_id' must be a string of 1 to {MAX_CUSTOM_ID_CHARS} characters."
         raise LineError(number, "invalid_custom_id", message, "custom_id")
     if fields.method != "POST":
-        raise LineError(number, "invalid_method", f"'method' must be POST, got {shown(fields.method)}.", "method")
+        raise LineError(
+            number, "invalid_method", f"'method' must be POST, got {shown(fields.method)}.", "method"
+        )
     if not isinstance(url, str):
         raise LineError(number, "invalid_url", f"'url' must be a string, got {shown(url)}.", "url")
-    assert body is not None
     if body.stream is True:
         message = "'stream' must not be true: a batch has no stream."
         raise LineError(number, "invalid_request", message, "body.stream")
     if not isinstance(body.model, str | None):
         raise LineError(number, "invalid_request", "'model' must be a string.", "body.model")
-    return Line(number, custom_id, url, bytes(fields.body), body.model)
+    return Line(number, custom_id, url, raw_body, body.model)
 
 
 def check_lines(
@@ -143,9 +143,7 @@ def check_lines(
 
 
 def success_or_failure(line: Line, answer: Answer) -> Result:
-    response = _Response(
-        answer.status, answer.request_id, Raw(answer.body), answer.ignored_fields or UNSET
-    )
+    response = _Response(answer.status, answer.request_id, Raw(answer.body), answer.ignored_fields or UNSET)
     written = _encode(_OutputLine(_new_id(), line.custom_id, response, None))
     return Result(line.number, 200 <= answer.status < 300, _tokens(answer.body), written)
 

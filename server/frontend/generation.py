@@ -75,10 +75,11 @@ class Generation:
         permit: Permit,
         arrival: float,
         cache_salt: str = "",
+        priority: int = 0,
     ) -> None:
         """`arrival`: `time.monotonic()` seconds at which the request came in."""
         self._choices = [
-            _Choice(index, request, client, tokenizer, metrics, arrival, cache_salt)
+            _Choice(index, request, client, tokenizer, metrics, arrival, cache_salt, priority)
             for index, request in enumerate(choices)
         ]
         self._permit = permit
@@ -149,6 +150,7 @@ class _Choice:
         metrics: RequestMetrics,
         arrival: float,
         cache_salt: str,
+        priority: int,
     ) -> None:
         self.index = index
         self.request = request
@@ -157,6 +159,7 @@ class _Choice:
         self._metrics = metrics
         self._arrival = arrival
         self._cache_salt = cache_salt
+        self._priority = priority
         self._scheduled_at = 0.0
         self._first_token_at = 0.0
         self._last_token_at = 0.0
@@ -169,6 +172,7 @@ class _Choice:
             prompt_token_ids=self.request.prompt_token_ids,
             params=self.request.sampling,
             cache_salt=self._cache_salt,
+            priority=self._priority,
         )
         try:
             # Closing the engine's outputs early, as after a stop string, aborts the sequence.
