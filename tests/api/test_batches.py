@@ -269,24 +269,19 @@ def test_without_a_directory_files_and_batches_are_off(tmp_path: Path) -> None:
 # --- cancelling, expiry, restarts --------------------------------------------------------------------------
 
 
-def test_cancelling_ends_running_lines_at_once_and_keeps_what_is_done(server: LiveServer) -> None:
-    server.script.ends_with_stop = False
-    batch = create(server, jsonl(line("short", max_tokens=1), line("long", max_tokens=30), line("longer")))
-    server.script.delay = 0.001
-    wait_until(lambda: retrieve(server, batch["id"])["request_counts"]["completed"] >= 1)
+def test_cancelling_ends_running_lines_at_once(server: LiveServer) -> None:
     server.script.delay = 10
-    again = create(server, jsonl(line("x"), line("y")))
+    batch = create(server, jsonl(line("x"), line("y")))
     wait_until(lambda: len(server.engine.running) >= 1)
-    response = server.http.post(f"/v1/batches/{again['id']}/cancel")
+    response = server.http.post(f"/v1/batches/{batch['id']}/cancel")
     assert response.json()["status"] == "cancelling"
     assert response.json()["cancelling_at"] is not None
-    done = wait_status(server, again["id"], "cancelled")
+    done = wait_status(server, batch["id"], "cancelled")
     assert done["cancelled_at"] is not None
     assert done["output_file_id"] is None
-    assert_error(server.http.post(f"/v1/batches/{again['id']}/cancel"), 409, code="conflict")
+    assert not server.engine.running
+    assert_error(server.http.post(f"/v1/batches/{batch['id']}/cancel"), 409, code="conflict")
     assert_error(server.http.post("/v1/batches/batch_nope/cancel"), 404, code="not_found")
-    server.script.delay = 0
-    wait_status(server, batch["id"], "completed")
 
 
 def test_a_cancelled_batch_has_the_results_it_had(server: LiveServer) -> None:
@@ -443,15 +438,15 @@ def test_keys_take_turns(tmp_path: Path) -> None:
     with restarted(tmp_path, api_key=["first", "second"], batch_concurrency=1) as server:
         server.script.delay = 0.005
         server.http.headers["authorization"] = "Bearer first"
-        long = create(server, jsonl(*[line(str(n)) for n in range(50)]))
+        long = create(server, jsonl(*[line(str(n)) for n in range(30)]))
         server.http.headers["authorization"] = "Bearer second"
         short = create(server, jsonl(line("a"), line("b")))
         wait_status(server, short["id"], "completed")
         server.http.headers["authorization"] = "Bearer first"
-        assert retrieve(server, long["id"])["request_counts"]["completed"] < 50
+        assert retrieve(server, long["id"])["request_counts"]["completed"] < 30
         salts = [request.cache_salt for request in server.engine.submitted]
         assert len(set(salts)) == 2
-        assert max(len(list(group)) for _, group in itertools.groupby(salts)) < 48
+        assert max(len(list(group)) for _, group in itertools.groupby(salts)) < 28
         wait_status(server, long["id"], "completed")
 
 
