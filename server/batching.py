@@ -5,7 +5,7 @@ any mix of single tokens and prompt chunks. Laws:
 
 1. A step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` sequences.
 2. Sequences with one token to go come before chunks, so that a long prompt never stalls a running stream.
-   Within both kinds, and among the waiting, the order is that of `Precedence`; nobody overtakes the queue's head.
+   Within both kinds, and among those that wait, the order is that of `Precedence`; nobody overtakes the head.
 3. Memory that runs out is taken from one of the last in that order, which is recomputed: its tokens stay, its
    blocks go. The first of the running is never preempted, so every step gets something done.
 4. Each sequence added leaves once, by a terminal output of `update` or by `abort`, and its blocks go free.

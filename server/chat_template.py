@@ -69,9 +69,13 @@ class RenderedChat:
 
 
 def render_chat(
-    messages: Sequence[ChatMessage], tokenizer: Tokenizer, add_generation_prompt: bool = True
+    messages: Sequence[ChatMessage],
+    tokenizer: Tokenizer,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
 ) -> RenderedChat:
-    """Render a conversation, with the beginning of the model's answer if `add_generation_prompt`.
+    """Render a conversation, with the beginning of the model's answer if `add_generation_prompt`; or, if
+    `continue_final_message`, up to the end of the last message's text, which must be the assistant's.
 
     - Gemma has no system role: system and developer texts, joined by an empty line, precede the text of the
       next user message; where none follows they are a user turn of their own.
@@ -86,7 +90,14 @@ def render_chat(
     segments: list[ControlToken | str] = [bos]
     for turn in turns:
         segments += [start, f"{turn.role}\n{turn.text}", end, "\n"]
-    if add_generation_prompt:
+    if continue_final_message:
+        if messages[-1].role != "assistant":
+            raise ChatTemplateError(
+                f'continue_final_message needs a last message of the assistant, not of "{messages[-1].role}"',
+                param="continue_final_message",
+            )
+        del segments[-2:]
+    elif add_generation_prompt:
         segments += [start, "model\n"]
     return RenderedChat(tuple(segments), tuple(notes))
 

@@ -1,7 +1,8 @@
 """Text to token ids and back, for a tokenizer.json of the Gemma family (SentencePiece BPE with byte fallback).
 
 Laws:
-1. Control tokens are the pieces that the file flags as special, and the turn and sequence tokens in any case.
+1. Control tokens are the pieces that the file flags as special, and in any case the sequence's, the turns' and
+   those of CodeGemma's infilling.
    `encode_text` never yields one; only `encode_controls` and `encode_prompt` read them out of a string.
 2. The text of a token sequence is the concatenation of its `token_bytes`, decoded as UTF-8 with one U+FFFD for
    each byte that is not part of a character. So a prefix of the ids decodes to a prefix of the text, but for
@@ -26,7 +27,13 @@ EOS = "<eos>"
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
 
-_ALWAYS_CONTROL = ("<pad>", EOS, BOS, "<unk>", START_OF_TURN, END_OF_TURN)
+FIM_PREFIX = "<|fim_prefix|>"
+FIM_SUFFIX = "<|fim_suffix|>"
+FIM_MIDDLE = "<|fim_middle|>"
+FILE_SEPARATOR = "<|file_separator|>"
+_FIM = (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE, FILE_SEPARATOR)
+
+_ALWAYS_CONTROL = ("<pad>", EOS, BOS, "<unk>", START_OF_TURN, END_OF_TURN, *_FIM)
 _IMAGE = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -70,7 +77,7 @@ class Tokenizer:
         _check_decoder(backend)
         backend.no_truncation()
         backend.no_padding()
-        # Some files leave the turn tokens unflagged, or do not list them among the added tokens at all.
+        # Some files leave them unflagged, or do not list them among the added tokens at all.
         present = [piece for piece in _ALWAYS_CONTROL if backend.token_to_id(piece) is not None]
         backend.add_special_tokens(
             [tokenizers.AddedToken(piece, special=True, normalized=False) for piece in present]
@@ -91,6 +98,8 @@ class Tokenizer:
         self.eos_id = self._required_id(EOS)
         self.start_of_turn_id: int | None = backend.token_to_id(START_OF_TURN)
         self.end_of_turn_id: int | None = backend.token_to_id(END_OF_TURN)
+        self.fim_ids = {piece: self._controls[piece] for piece in _FIM if piece in self._controls}
+        """Of the tokens for filling in a middle, by piece; empty but for CodeGemma."""
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:

@@ -6,25 +6,33 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
-from msgspec import UNSET
 
-from server.api.logprobs import CompletionLogprobsWriter, extend
+from server.api.completion_writer import ChoiceWriter, append
 from server.api.openapi import body_of
 from server.api.params import (
     DEFAULT_COMPLETION_TOKENS,
     check_stream_options,
     choices_of_prompt,
     completion_logprobs,
+    num_generated_choices,
 )
-from server.api.prompts import prompt_token_ids
+from server.api.prompts import infill_token_ids, prompt_token_ids, truncated
 from server.api.protocol import CompletionRequest
-from server.api.responses import Completion, CompletionChoice, CompletionLogprobs, Head, Usage
-from server.api.serving import admission_of, admit, answer, read_body, runtime_of, served_model, stream
-from server.engine.types import FinishReason
+from server.api.responses import Completion, CompletionChoice, Head, Usage
+from server.api.serving import (
+    ChunkUsage,
+    admission_of,
+    admit,
+    answer,
+    read_body,
+    runtime_of,
+    served_model,
+    stream,
+)
 from server.errors import InvalidRequestError
 from server.frontend.admission import check_token_ids, resolve_max_tokens
-from server.frontend.generation import ChoiceDelta, ChoiceRequest, Generation, UsageCounts
-from server.tokenizer import BOS, Tokenizer
+from server.frontend.generation import ChoiceRequest, Generation, UsageCounts
+from server.frontend.served_model import ServedModel
 
 router = APIRouter()
 
@@ -39,12 +47,14 @@ async def create_completion(request: Request) -> Response:
     body, headers = await read_body(request, CompletionRequest)
     model = served_model(runtime, body.model)
     check_stream_options(body)
-    _check_echo_and_best_of(body)
-    admission_of(request).check_count(len(body.prompt) * (body.n or 1))
+    _check_combinations(body)
+    num_choices = num_generated_choices(body)
+    admission_of(request).check_count(len(body.prompt) * num_choices)
     logprobs = completion_logprobs(body, runtime.config.max_logprobs)
-    prompts = await prompt_token_ids(body.prompt, model)
+    # What was written to fill a middle begins another file, or another middle, where it should end.
+    more_stops = model.tokenizer.fim_ids.values() if body.suffix else ()
     choices = []
-    for index, token_ids in enumerate(prompts):
+    for index, token_ids in enumerate(await _prompts(body, model)):
         max_tokens = resolve_max_tokens(
             len(token_ids),
             body.max_tokens,
@@ -56,104 +66,89 @@ async def create_completion(request: Request) -> Response:
         check_token_ids(token_ids, model.info, "prompt")
         # The engine computes a prompt's log probabilities on the way to a token: scoring alone drops that one.
         choices += [
-            ChoiceRequest(index, token_ids, params.sampling, params.stop)
-            for params in choices_of_prompt(body, model, max_tokens=max(max_tokens, 1), logprobs=logprobs)
+            ChoiceRequest(index, token_ids, params.sampling, params.stop, body.skip_special_tokens is not False)
+            for params in choices_of_prompt(
+                body,
+                model,
+                max_tokens=max(max_tokens, 1),
+                logprobs=logprobs,
+                count=num_choices,
+                more_stop_token_ids=more_stops,
+            )
         ]
-    generation = admit(request, model, choices, body.cache_salt)
+    generation = admit(request, model, choices, body)
     head = Head.new("cmpl", model.names[0])
-    writers = [_ChoiceWriter(body, choice, model.tokenizer) for choice in choices]
+    writers = [ChoiceWriter(body, choice, model.tokenizer) for choice in choices]
     if body.stream:
         return stream(request, generation, _chunks(generation, head, body, writers), headers)
     return await answer(request, generation, _whole(generation, head, body, writers), headers)
 
 
-def _check_echo_and_best_of(body: CompletionRequest) -> None:
-    if body.max_tokens == 0 and not body.echo:
-        raise InvalidRequestError("'max_tokens' must be at least 1 without 'echo', got 0.", param="max_tokens")
-    n = body.n or 1
-    if body.best_of is not None and body.best_of != n:
+def _check_combinations(body: CompletionRequest) -> None:
+    if body.max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
         raise InvalidRequestError(
-            f"'best_of' is supported only with the value of 'n', which is {n}, got {body.best_of}.",
-            param="best_of",
+            "'max_tokens' must be at least 1 without 'echo' or 'prompt_logprobs', got 0.", param="max_tokens"
         )
+    if not body.suffix:
+        return
+    for other in ("echo", "truncate_prompt_tokens"):
+        if getattr(body, other):
+            raise InvalidRequestError(f"'suffix' cannot be combined with '{other}'.", param="suffix")
 
 
-class _ChoiceWriter:
-    """Makes the parts of one choice's answer."""
-
-    def __init__(self, body: CompletionRequest, choice: ChoiceRequest, tokenizer: Tokenizer) -> None:
-        prompt = body.prompt[choice.prompt_index]
-        self._prompt_text = prompt if isinstance(prompt, str) else None
-        self._prompt_token_ids = choice.prompt_token_ids
-        self._tokenizer = tokenizer
-        self._echo_pending = bool(body.echo)
-        self._only_prompt = body.max_tokens == 0
-        self._logprobs = None if body.logprobs is None else CompletionLogprobsWriter(tokenizer)
-
-    def part(self, delta: ChoiceDelta) -> CompletionChoice:
-        logprobs = None if self._logprobs is None else CompletionLogprobs([], [], [], [])
-        text = ""
-        if self._echo_pending:
-            self._echo_pending = False
-            text = self._echoed_text()
-            if self._logprobs is not None and logprobs is not None:
-                extend(logprobs, self._echoed_logprobs(self._logprobs, delta))
-        finish_reason: str | None = delta.text.finish_reason
-        stop_reason = delta.text.stop_reason
-        if self._only_prompt:
-            finish_reason, stop_reason = (FinishReason.LENGTH if finish_reason else None), None
-        else:
-            text += delta.text.text
-            if self._logprobs is not None and logprobs is not None:
-                extend(logprobs, self._logprobs.output(delta.text.logprobs or []))
-        return CompletionChoice(
-            delta.index, text, logprobs, finish_reason, stop_reason if finish_reason is not None else UNSET
-        )
-
-    def _echoed_text(self) -> str:
-        if self._prompt_text is not None:
-            return self._prompt_text
-        return self._tokenizer.decode(self._prompt_token_ids, skip_special_tokens=False)
-
-    def _echoed_logprobs(self, writer: CompletionLogprobsWriter, delta: ChoiceDelta) -> CompletionLogprobs:
-        hide_bos = self._prompt_text is not None and not self._prompt_text.startswith(BOS)
-        return writer.prompt(self._prompt_token_ids, delta.prompt_logprobs or [], hide_bos=hide_bos)
+async def _prompts(body: CompletionRequest, model: ServedModel) -> list[list[int]]:
+    add_bos = body.add_special_tokens is not False
+    if body.suffix:
+        return await infill_token_ids(body.prompt, body.suffix, model, add_bos=add_bos)
+    prompts = await prompt_token_ids(body.prompt, model, add_bos=add_bos)
+    num_output = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    return [truncated(token_ids, body, model, num_output) for token_ids in prompts]
 
 
 async def _whole(
-    generation: Generation, head: Head, body: CompletionRequest, writers: list[_ChoiceWriter]
+    generation: Generation, head: Head, body: CompletionRequest, writers: list[ChoiceWriter]
 ) -> Completion:
-    choices = [CompletionChoice(index, "", None, None) for index in range(len(writers))]
-    texts: list[list[str]] = [[] for _ in writers]
+    choices: dict[int, CompletionChoice] = {}
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
-            part = writers[delta.index].part(delta)
-            choice = choices[delta.index]
-            texts[delta.index].append(part.text)
-            if choice.logprobs is None:
-                choice.logprobs = part.logprobs
-            elif part.logprobs is not None:
-                extend(choice.logprobs, part.logprobs)
-            choice.finish_reason, choice.stop_reason = part.finish_reason, part.stop_reason
-    for choice, parts in zip(choices, texts, strict=True):
-        choice.text = "".join(parts)
-    return Completion(head.id, head.created, head.model, choices, _usage(generation, body))
+            part = await writers[delta.index].part(delta)
+            if delta.index in choices:
+                append(choices[delta.index], part)
+            else:
+                choices[delta.index] = part
+    returned = _best([choices[index] for index in range(len(writers))], generation, body)
+    return Completion(head.id, head.created, head.model, returned, _usage(generation, body))
+
+
+def _best(
+    choices: list[CompletionChoice], generation: Generation, body: CompletionRequest
+) -> list[CompletionChoice]:
+    """The `n` of each prompt that are returned, with the indices that they have in the answer."""
+    n, count = body.n or 1, num_generated_choices(body)
+    if count == n:
+        return choices
+    best: list[CompletionChoice] = []
+    for first in range(0, len(choices), count):
+        of_prompt = choices[first : first + count]
+        of_prompt.sort(key=lambda choice: -generation.mean_logprob(choice.index))
+        best += of_prompt[:n]
+    for index, choice in enumerate(best):
+        choice.index = index
+    return best
 
 
 async def _chunks(
-    generation: Generation, head: Head, body: CompletionRequest, writers: list[_ChoiceWriter]
+    generation: Generation, head: Head, body: CompletionRequest, writers: list[ChoiceWriter]
 ) -> AsyncGenerator[Completion, None]:
-    options = body.stream_options
-    with_usage = options is not None and options.include_usage
-    continuous = options is not None and options.continuous_usage_stats
+    usage = ChunkUsage(body.stream_options, lambda: _usage(generation, body))
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
-            choice = writers[delta.index].part(delta)
+            choice = await writers[delta.index].part(delta)
             has_logprobs = choice.logprobs is not None and choice.logprobs.tokens
-            if choice.text or has_logprobs or choice.finish_reason is not None:
-                usage = _usage(generation, body) if continuous else (None if with_usage else UNSET)
-                yield Completion(head.id, head.created, head.model, [choice], usage)
-    if with_usage:
+            has_ids = choice.token_ids or choice.prompt_token_ids
+            if choice.text or has_logprobs or has_ids or choice.finish_reason is not None:
+                yield Completion(head.id, head.created, head.model, [choice], usage.of_chunk())
+    if usage.has_last_chunk:
         yield Completion(head.id, head.created, head.model, [], _usage(generation, body))
 
 

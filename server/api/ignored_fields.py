@@ -1,8 +1,8 @@
 """What becomes of body fields that the server does not act on: each is refused or named, never just dropped.
 
 - A field that would change the answer's meaning is refused, unless its value asks for nothing.
-- OpenAI's and vLLM's fields that change nothing here are accepted, and named.
-- Any other field is named, too, or refused in strict mode.
+- OpenAI's and vLLM's fields that change nothing here are accepted, and named; so are unknown fields.
+- In strict mode whatever would be named is refused.
 """
 
 from __future__ import annotations
@@ -49,24 +49,17 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "documents": ([],),
     "continue_final_message": (False,),
     "add_generation_prompt": (True,),
-    "add_special_tokens": (),
-    "echo": (False,),
+    "add_special_tokens": (False,),
     "use_beam_search": (False,),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "logit_processors": ([],),
-    "truncate_prompt_tokens": (),
-    "prompt_logprobs": (),
-    "logprob_token_ids": ([],),
-    "skip_special_tokens": (True,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "stop_regex": (),
     "lora": ([],),
     "lora_path": (),
     "lora_request": (),
 }
-"""A field that a request class declares is never looked up here: `echo` of a completion is its own."""
+"""A field that a request class declares is never looked up here: `suffix` of a completion is its own."""
 
 _INERT = frozenset(
     {
@@ -86,7 +79,6 @@ _INERT = frozenset(
         "refusal",
         "annotations",
         "include_obfuscation",
-        "priority",
         "request_id",
         "stream_interval",
         "spaces_between_special_tokens",
@@ -101,7 +93,7 @@ _INERT = frozenset(
 def ignored_fields(body: BaseModel, *, strict: bool) -> list[str]:
     """The fields of `body` that have no effect, sorted, once each; `messages[].name` stands for any message's.
 
-    Raises InvalidRequestError for a field that would change the answer and, if `strict`, for an unknown one.
+    Raises InvalidRequestError for a field that would change the answer and, if `strict`, for any of no effect.
     """
     found = set()
     for path, name, value in _extra_fields(body, ""):
@@ -112,12 +104,17 @@ def ignored_fields(body: BaseModel, *, strict: bool) -> list[str]:
                     param=path,
                     code="unsupported_parameter",
                 )
-        elif name in _INERT:
-            if value is not None:
-                found.add(path)
-        elif strict:
-            raise InvalidRequestError(f"'{path}' is not a known field.", param=path, code="unknown_parameter")
-        else:
+        elif name not in _INERT:
+            if strict:
+                raise InvalidRequestError(
+                    f"'{path}' is not a known field.", param=path, code="unknown_parameter"
+                )
+            found.add(path)
+        elif value is not None:
+            if strict:
+                raise InvalidRequestError(
+                    f"'{path}' has no effect on this server.", param=path, code="unsupported_parameter"
+                )
             found.add(path)
     if found:
         logger.info("ignored fields: %s", header_value(found))

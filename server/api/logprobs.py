@@ -1,18 +1,36 @@
-"""Log probabilities in OpenAI's two shapes."""
+"""Log probabilities in OpenAI's two shapes, and the prompt's in vLLM's."""
 
 from __future__ import annotations
 
+import asyncio
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from server.api.responses import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TopLogprob
-from server.engine.types import TokenLogprob
+from server.api.responses import (
+    ChatLogprobs,
+    ChatTokenLogprob,
+    CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+    TopLogprob,
+)
+from server.engine.types import PromptTokenLogprob, TokenLogprob
 from server.tokenizer import BYTE_REPLACEMENT, Tokenizer
 
+INLINE_ENTRIES = 2000
+"""More log probabilities of a prompt are written in a thread."""
 
-def chat_logprobs(tokens: Iterable[TokenLogprob], tokenizer: Tokenizer) -> ChatLogprobs:
+TokenNames = Callable[[int], str]
+
+
+def token_names(tokenizer: Tokenizer, *, as_ids: bool | None) -> TokenNames:
+    """How tokens are written: as their text or, since two may have the same, `as_ids`."""
+    return "token_id:{}".format if as_ids else tokenizer.token_text
+
+
+def chat_logprobs(tokens: Iterable[TokenLogprob], tokenizer: Tokenizer, names: TokenNames) -> ChatLogprobs:
     def entry(token_id: int, logprob: float) -> TopLogprob:
-        return TopLogprob(tokenizer.token_text(token_id), logprob, list(tokenizer.token_bytes(token_id)))
+        return TopLogprob(names(token_id), logprob, list(tokenizer.token_bytes(token_id)))
 
     content = []
     for token in tokens:
@@ -22,6 +40,27 @@ def chat_logprobs(tokens: Iterable[TokenLogprob], tokenizer: Tokenizer) -> ChatL
     return ChatLogprobs(content)
 
 
+async def prompt_logprobs(
+    entries: Sequence[PromptTokenLogprob | None], num_top: int, tokenizer: Tokenizer
+) -> PromptLogprobs:
+    """At each position the prompt's own token and the `num_top` likeliest."""
+
+    def write_all() -> PromptLogprobs:
+        return [None if entry is None else _ranked(entry, num_top, tokenizer) for entry in entries]
+
+    is_short = len(entries) * (1 + num_top) <= INLINE_ENTRIES
+    return write_all() if is_short else await asyncio.to_thread(write_all)
+
+
+def _ranked(entry: PromptTokenLogprob, num_top: int, tokenizer: Tokenizer) -> dict[int, PromptLogprob]:
+    own = (entry.rank or None, entry.token_id, entry.logprob)
+    likeliest = [(rank, *pair) for rank, pair in enumerate(entry.top[:num_top], start=1)]
+    return {
+        token_id: PromptLogprob(logprob, rank, tokenizer.token_text(token_id))
+        for rank, token_id, logprob in (own, *likeliest)
+    }
+
+
 class CompletionLogprobsWriter:
     """Writes the log probabilities of one choice of a completion, in as many parts as it comes in.
 
@@ -29,33 +68,48 @@ class CompletionLogprobsWriter:
     several tokens, the place of the character.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, names: TokenNames, *, skip_special_tokens: bool) -> None:
+        """skip_special_tokens: of the output; its text does not show them."""
         self._tokenizer = tokenizer
+        self._names = names
+        self._silent_ids = tokenizer.control_token_ids if skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")(BYTE_REPLACEMENT)
         self._offset = 0
 
     def prompt(
-        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob | None], *, hide_bos: bool
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprob | None],
+        num_top: int,
+        *,
+        hide_bos: bool,
     ) -> CompletionLogprobs:
         """An echoed prompt's; its first token has none. `hide_bos`: the echoed text does not show the first
         token."""
         written = CompletionLogprobs([], [], [], [])
         for position, (token_id, logprob) in enumerate(zip(token_ids, logprobs, strict=True)):
-            self._write(written, token_id, logprob, is_visible=not (hide_bos and position == 0))
+            top = logprob.top[:num_top] if logprob is not None else []
+            self._write(written, token_id, logprob, top, is_visible=not (hide_bos and position == 0))
         return written
 
     def output(self, logprobs: Iterable[TokenLogprob]) -> CompletionLogprobs:
-        """Generated tokens'; control tokens among them have no text."""
+        """Generated tokens'."""
         written = CompletionLogprobs([], [], [], [])
         for token in logprobs:
-            is_visible = token.token_id not in self._tokenizer.control_token_ids
-            self._write(written, token.token_id, token, is_visible=is_visible)
+            is_visible = token.token_id not in self._silent_ids
+            self._write(written, token.token_id, token, token.top, is_visible=is_visible)
         return written
 
     def _write(
-        self, written: CompletionLogprobs, token_id: int, logprob: TokenLogprob | None, *, is_visible: bool
+        self,
+        written: CompletionLogprobs,
+        token_id: int,
+        logprob: TokenLogprob | None,
+        top: list[tuple[int, float]],
+        *,
+        is_visible: bool,
     ) -> None:
-        written.tokens.append(self._tokenizer.token_text(token_id))
+        written.tokens.append(self._names(token_id))
         written.text_offset.append(self._offset)
         if is_visible:
             self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
@@ -64,11 +118,11 @@ class CompletionLogprobsWriter:
             written.top_logprobs.append(None)
             return
         written.token_logprobs.append(logprob.logprob)
-        top: dict[str, float] = {}
+        by_name: dict[str, float] = {}
         # Two tokens may have one text; the likelier comes first and stays.
-        for alternative, value in (*logprob.top, (token_id, logprob.logprob)):
-            top.setdefault(self._tokenizer.token_text(alternative), value)
-        written.top_logprobs.append(top)
+        for alternative, value in (*top, (token_id, logprob.logprob)):
+            by_name.setdefault(self._names(alternative), value)
+        written.top_logprobs.append(by_name)
 
 
 def extend(whole: CompletionLogprobs, part: CompletionLogprobs) -> None:

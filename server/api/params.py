@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from server.api.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
@@ -25,6 +26,8 @@ class Logprobs:
 
     output: int | None = None
     prompt: int | None = None
+    token_ids: tuple[int, ...] = ()
+    """Reported with each token of the output, likely or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +37,47 @@ class ChoiceParams:
 
 
 def chat_logprobs(body: ChatCompletionRequest, max_logprobs: int) -> Logprobs:
+    prompt = _prompt_logprobs(body, max_logprobs)
     if not body.logprobs:
         if body.top_logprobs:
             raise InvalidRequestError(
                 f"'top_logprobs' is {body.top_logprobs}, which needs 'logprobs' to be true.",
                 param="top_logprobs",
             )
-        return Logprobs()
+        _check_no_token_ids(body)
+        return Logprobs(prompt=prompt)
     top = body.top_logprobs or 0
     _check_logprobs(top, max_logprobs, "top_logprobs")
-    return Logprobs(output=top)
+    return Logprobs(top, prompt, tuple(body.logprob_token_ids or ()))
 
 
 def completion_logprobs(body: CompletionRequest, max_logprobs: int) -> Logprobs:
+    prompt = _prompt_logprobs(body, max_logprobs)
     if body.logprobs is None:
-        return Logprobs()
+        _check_no_token_ids(body)
+        return Logprobs(output=0 if num_generated_choices(body) > (body.n or 1) else None, prompt=prompt)
     _check_logprobs(body.logprobs, max_logprobs, "logprobs")
-    return Logprobs(output=body.logprobs, prompt=body.logprobs if body.echo else None)
+    if body.echo:
+        prompt = max(body.logprobs, prompt or 0)
+    return Logprobs(body.logprobs, prompt, tuple(body.logprob_token_ids or ()))
+
+
+def num_generated_choices(body: CompletionRequest) -> int:
+    """Of each prompt. The `n` best of them are returned."""
+    n = body.n or 1
+    if body.best_of is None:
+        return n
+    if body.best_of < n:
+        raise InvalidRequestError(
+            f"'best_of' must be at least 'n', which is {n}, got {body.best_of}.", param="best_of"
+        )
+    if body.stream and body.best_of > n:
+        raise InvalidRequestError(
+            f"'best_of' is {body.best_of} and 'n' is {n}: which choices are the best shows at their end,"
+            " so that they cannot be streamed.",
+            param="best_of",
+        )
+    return body.best_of
 
 
 def check_stream_options(body: GenerationFields) -> None:
@@ -59,9 +86,17 @@ def check_stream_options(body: GenerationFields) -> None:
 
 
 def choices_of_prompt(
-    body: GenerationFields, model: ServedModel, *, max_tokens: int, logprobs: Logprobs
+    body: GenerationFields,
+    model: ServedModel,
+    *,
+    max_tokens: int,
+    logprobs: Logprobs,
+    count: int,
+    more_stop_token_ids: Iterable[int] = (),
 ) -> list[ChoiceParams]:
-    """The parameters of each of the `n` choices of one prompt, checked against the model.
+    """The parameters of each of the `count` choices of one prompt, checked against the model.
+
+    `more_stop_token_ids`: for this request as the model's own.
 
     Choice i gets seed + i, so that a seed gives one text per choice however many prompts the request has.
     """
@@ -74,7 +109,8 @@ def choices_of_prompt(
     check_token_ids(body.logit_bias, model.info, "logit_bias")
     own_stops = tuple(body.stop_token_ids or ())
     check_token_ids(own_stops, model.info, "stop_token_ids")
-    model_stops = () if body.ignore_eos else model.stop_token_ids
+    check_token_ids(logprobs.token_ids, model.info, "logprob_token_ids")
+    model_stops = () if body.ignore_eos else (*model.stop_token_ids, *more_stop_token_ids)
     stop = StopConditions(
         strings=body.stop,
         include_in_output=bool(body.include_stop_str_in_output),
@@ -98,12 +134,29 @@ def choices_of_prompt(
                 logit_bias=body.logit_bias,
                 stop_token_ids=tuple(sorted({*model_stops, *own_stops})),
                 logprobs=logprobs.output,
+                logprob_token_ids=logprobs.token_ids,
                 prompt_logprobs=logprobs.prompt,
             ),
             stop=stop,
         )
-        for index in range(body.n or 1)
+        for index in range(count)
     ]
+
+
+def _prompt_logprobs(body: GenerationFields, max_logprobs: int) -> int | None:
+    if body.prompt_logprobs is not None:
+        _check_logprobs(body.prompt_logprobs, max_logprobs, "prompt_logprobs")
+        if body.stream:
+            raise InvalidRequestError(
+                "'prompt_logprobs' are not part of a stream: they need 'stream' to be false.",
+                param="prompt_logprobs",
+            )
+    return body.prompt_logprobs
+
+
+def _check_no_token_ids(body: GenerationFields) -> None:
+    if body.logprob_token_ids:
+        raise InvalidRequestError("'logprob_token_ids' needs 'logprobs'.", param="logprob_token_ids")
 
 
 def _check_logprobs(value: int, limit: int, param: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from server.chat_template import join_text_parts
 
@@ -17,6 +17,7 @@ MAX_N = 128
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 1000
 MAX_STOP_TOKEN_IDS = 256
+MAX_LOGPROB_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_MESSAGES = 10_000
 MAX_CACHE_SALT_CHARS = 128
@@ -36,6 +37,12 @@ def _strings(value: Any) -> tuple[str, ...]:
     if any(len(item) > MAX_STOP_CHARS for item in values):
         raise ValueError(f"must hold strings of at most {MAX_STOP_CHARS} characters")
     return tuple(values)
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("must be -1 or at least 1")
+    return value
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
@@ -138,59 +145,156 @@ class WireModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=(), allow_inf_nan=False)
 
 
+# Fields of several bodies.
+MODEL: Any = Field(None, description="A name of the served model. Default: the one there is.")
+MESSAGES: Any = Field(
+    min_length=1,
+    max_length=MAX_MESSAGES,
+    fail_fast=True,
+    description="The conversation, oldest message first. Required.",
+)
+ADD_GENERATION_PROMPT: Any = Field(
+    None,
+    description="End the prompt with the beginning of the model's turn. Default: true, but with"
+    " `continue_final_message`.",
+)
+CONTINUE_FINAL_MESSAGE: Any = Field(
+    None,
+    description="Leave the last message's turn open, which must be the assistant's, for the output to go on"
+    " with. Default: false.",
+)
+ADD_SPECIAL_TOKENS: Any = Field(None, description="Begin with `<bos>`. Default: true.")
+RETURN_TOKEN_STRS: Any = Field(None, description="Return the tokens' texts, too. Default: false.")
+
+
 class StreamOptions(WireModel):
-    include_usage: bool = Field(False, description="Send one more chunk, without choices, that has `usage`.")
-    continuous_usage_stats: bool = Field(False, description="Put the usage so far into every chunk.")
+    include_usage: bool = Field(
+        False, description="Send one more chunk, without choices, that has `usage`. Default: false."
+    )
+    continuous_usage_stats: bool = Field(
+        False, description="Put the usage so far into every chunk. Default: false."
+    )
 
 
 class GenerationFields(WireModel):
     """What chat completions and completions have in common. Null means the default everywhere."""
 
-    model: str | None = Field(None, description="A name of the served model; the one there is if not given.")
+    model: str | None = MODEL
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy. Default: 1.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Default: 1.")
-    top_k: int | None = Field(None, ge=-1, description="-1 and 0 mean off. Default: off.")
-    min_p: float | None = Field(None, ge=0, le=1, description="Default: 0.")
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Sample of the likeliest tokens that have this much probability together. Default: 1.",
+    )
+    top_k: int | None = Field(
+        None, ge=-1, description="Sample of so many likeliest tokens. -1 and 0 mean off. Default: off."
+    )
+    min_p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Sample of the tokens at least this likely beside the likeliest. Default: 0.",
+    )
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**63, description="Choice i of `n` is generated with seed + i. Default: random."
     )
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Default: 0.")
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Default: 0.")
-    repetition_penalty: float | None = Field(None, ge=0.01, le=2, description="1 means off. Default: 1.")
-    logit_bias: LogitBias = Field({}, description="Token ids (as strings) and what is added to their logits.")
-    stop: StopStrings = Field((), description="Texts that end the output; they are not part of it.")
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Taken from the logits of tokens generated before. Default: 0."
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="As `presence_penalty`, as often as they were generated. Default: 0."
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        ge=0.01,
+        le=2,
+        description="Makes tokens of the prompt and the output less likely; 1 means off. Default: 1.",
+    )
+    logit_bias: LogitBias = Field(
+        {}, description="Token ids (as strings) and what is added to their logits. Default: none."
+    )
+    stop: StopStrings = Field(
+        (), description="Texts that end the output; they are not part of it. Default: none."
+    )
     stop_token_ids: TokenIds | None = Field(
         None,
         max_length=MAX_STOP_TOKEN_IDS,
-        description="Token ids that end the output, beside the model's own.",
+        description="Token ids that end the output, beside the model's own. Default: none.",
     )
     include_stop_str_in_output: bool | None = Field(
-        None, description="Leave the matched stop text in the output."
+        None, description="Leave the matched stop text in the output. Default: false."
     )
-    min_tokens: int | None = Field(None, ge=0, description="No stop token is sampled before so many tokens.")
-    ignore_eos: bool | None = Field(None, description="Go on after the model's own end tokens.")
+    skip_special_tokens: bool | None = Field(
+        None, description="Leave control tokens out of the output's text. Default: true."
+    )
+    min_tokens: int | None = Field(
+        None, ge=0, description="No stop token is sampled before so many tokens. Default: 0."
+    )
+    ignore_eos: bool | None = Field(None, description="Go on after the model's own end tokens. Default: false.")
     n: int | None = Field(None, ge=1, le=MAX_N, description="Choices for each prompt. Default: 1.")
-    stream: bool | None = Field(None, description="Answer with server-sent events.")
-    stream_options: StreamOptions | None = None
+    stream: bool | None = Field(None, description="Answer with server-sent events. Default: false.")
+    stream_options: StreamOptions | None = Field(
+        None, description="What else a stream holds; needs `stream`. Default: nothing."
+    )
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        description="Return the log probability and the rank of each token of the prompt, and those of so many"
+        " likeliest ones. At most --max-logprobs; not with `stream`. Default: none.",
+    )
+    logprob_token_ids: TokenIds | None = Field(
+        None,
+        max_length=MAX_LOGPROB_TOKEN_IDS,
+        description="Report the log probabilities of these tokens, too, behind the likeliest; needs"
+        " `logprobs`. Default: none.",
+    )
+    return_token_ids: bool | None = Field(
+        None, description="Return the token ids of prompt and output. Default: false."
+    )
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Write tokens in `logprobs` as `token_id:5`. Default: false."
+    )
+    truncate_prompt_tokens: Annotated[int, AfterValidator(_not_zero)] | None = Field(
+        None,
+        ge=-1,
+        lt=2**63,
+        description="Keep only so many tokens of the prompt, its `<bos>` among them; -1: as many as leave room"
+        " for the output. Default: all.",
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="Where `truncate_prompt_tokens` takes tokens away. Default: left."
+    )
+    priority: int | None = Field(
+        None,
+        ge=-(2**63),
+        lt=2**63,
+        description="Requests with a lower one are served first and are interrupted last. Default: 0.",
+    )
     cache_salt: str | None = Field(
         None,
         min_length=1,
         max_length=MAX_CACHE_SALT_CHARS,
-        description="Share cached prefixes only with requests that have the same salt and API key.",
+        description="Share cached prefixes only with requests that have the same salt and API key."
+        " Default: none.",
     )
 
 
 class TextPart(WireModel):
-    type: Literal["text"]
-    text: str
+    type: Literal["text"] = Field(description="The kind of part. Required.")
+    text: str = Field(description="Control tokens in it are text. Required.")
 
 
 TextParts = Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class Message(WireModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | TextParts = Field(description="Only text: this model sees no images and hears no audio.")
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="Who speaks; what a system or developer says goes into the next user turn. Required."
+    )
+    content: str | TextParts = Field(
+        description="Only text: this model sees no images and hears no audio. Required."
+    )
 
     @property
     def text(self) -> str:
@@ -200,39 +304,75 @@ class Message(WireModel):
 
 
 class ChatCompletionRequest(GenerationFields):
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    max_tokens: int | None = Field(None, ge=1, description="Superseded by `max_completion_tokens`.")
+    messages: list[Message] = MESSAGES
+    max_tokens: int | None = Field(
+        None, ge=1, description="Superseded by `max_completion_tokens`. Default: what fits the context."
+    )
     max_completion_tokens: int | None = Field(
         None, ge=1, description="Tokens to generate at most. Default: what fits the context."
     )
-    logprobs: bool | None = Field(None, description="Return the log probability of each token.")
+    logprobs: bool | None = Field(None, description="Return the log probability of each token. Default: false.")
     top_logprobs: int | None = Field(
-        None, ge=0, description="Return those of so many likeliest tokens, too; needs `logprobs`."
+        None,
+        ge=0,
+        description="Return those of so many likeliest tokens, too; needs `logprobs`. At most --max-logprobs."
+        " Default: 0.",
+    )
+    add_generation_prompt: bool | None = ADD_GENERATION_PROMPT
+    continue_final_message: bool | None = CONTINUE_FINAL_MESSAGE
+    echo: bool | None = Field(
+        None, description="Put the last message, if the assistant's, before the output. Default: false."
     )
 
 
 class CompletionRequest(GenerationFields):
-    prompt: Prompts = Field(description="Text (control tokens in it are real) or token ids, one or several.")
-    max_tokens: int | None = Field(None, ge=0, description="0 only with `echo`. Default: 16.")
-    logprobs: int | None = Field(None, ge=0, description="Return log probabilities, with so many alternatives.")
-    echo: bool | None = Field(None, description="Put the prompt, and its log probabilities, before the output.")
-    best_of: int | None = Field(None, ge=1, le=MAX_N, description="Only the value of `n` is supported.")
+    prompt: Prompts = Field(
+        description="Text (control tokens in it are real) or token ids, one or several. Required."
+    )
+    suffix: str | None = Field(
+        None,
+        description="What follows the output, which is to fit between prompt and suffix; control tokens in both"
+        " are text. Only for models with tokens for it (CodeGemma). Default: none.",
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="Tokens to generate at most; 0 only with `echo` or `prompt_logprobs`. Default: 16.",
+    )
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        description="Return log probabilities, with so many alternatives. At most --max-logprobs."
+        " Default: none.",
+    )
+    echo: bool | None = Field(
+        None, description="Put the prompt, and its log probabilities, before the output. Default: false."
+    )
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_N,
+        description="Generate so many choices and return the `n` with the highest mean log probability of a"
+        " token, the best first; not with `stream`. Default: `n`.",
+    )
+    add_special_tokens: bool | None = ADD_SPECIAL_TOKENS
 
 
 class TokenizeCompletionRequest(WireModel):
-    model: str | None = None
-    prompt: str
-    add_special_tokens: bool = Field(True, description="Begin with `<bos>`.")
-    return_token_strs: bool | None = None
+    model: str | None = MODEL
+    prompt: str = Field(description="Text, in which control tokens are real. Required.")
+    add_special_tokens: bool | None = ADD_SPECIAL_TOKENS
+    return_token_strs: bool | None = RETURN_TOKEN_STRS
 
 
 class TokenizeChatRequest(WireModel):
-    model: str | None = None
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    add_generation_prompt: bool = Field(True, description="End with the beginning of the model's turn.")
-    return_token_strs: bool | None = None
+    model: str | None = MODEL
+    messages: list[Message] = MESSAGES
+    add_generation_prompt: bool | None = ADD_GENERATION_PROMPT
+    continue_final_message: bool | None = CONTINUE_FINAL_MESSAGE
+    return_token_strs: bool | None = RETURN_TOKEN_STRS
 
 
 class DetokenizeRequest(WireModel):
-    model: str | None = None
-    tokens: TokenIds
+    model: str | None = MODEL
+    tokens: TokenIds = Field(description="Token ids, control tokens among them shown. Required.")

@@ -69,6 +69,17 @@ class Usage(Struct):
         )
 
 
+class PromptLogprob(Struct):
+    logprob: float
+    rank: int | None
+    """1 is the likeliest."""
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""By token id, for each token of the prompt; None for the first."""
+
+
 # --- chat completions --------------------------------------------------------------------------------------
 
 
@@ -100,6 +111,7 @@ class ChatChoice(Struct):
     finish_reason: str
     stop_reason: str | int | None
     """The stop string or token of the request that ended the choice."""
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(Struct):
@@ -108,6 +120,8 @@ class ChatCompletion(Struct):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
     object: Literal["chat.completion"] = "chat.completion"
     system_fingerprint: str = SYSTEM_FINGERPRINT
 
@@ -123,6 +137,7 @@ class ChatChunkChoice(Struct):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletionChunk(Struct):
@@ -131,6 +146,8 @@ class ChatCompletionChunk(Struct):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    """In the first chunk."""
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     system_fingerprint: str = SYSTEM_FINGERPRINT
 
@@ -151,6 +168,10 @@ class CompletionChoice(Struct):
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
     stop_reason: str | int | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    """In a stream, in the choice's first chunk."""
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(Struct):

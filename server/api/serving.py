@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import TypeVar
 
+from msgspec import UNSET, UnsetType
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from server.api import ignored_fields
 from server.api.body import read_object, validate
-from server.api.responses import json_response
+from server.api.protocol import GenerationFields, StreamOptions
+from server.api.responses import Usage, json_response
 from server.api.sse import GenerationStream
 from server.errors import EngineUnavailableError, ModelLoadingError, ModelNotFoundError, shown
 from server.frontend.admission import Admission
@@ -68,9 +70,9 @@ def served_model(runtime: Runtime, name: str | None = None) -> ServedModel:
 
 
 def admit(
-    request: Request, model: ServedModel, choices: Sequence[ChoiceRequest], cache_salt: str | None
+    request: Request, model: ServedModel, choices: Sequence[ChoiceRequest], body: GenerationFields
 ) -> Generation:
-    """Room for `choices`, or QueueFullError."""
+    """Room for `choices`, which `body` asks for, or QueueFullError."""
     runtime = runtime_of(request)
     permit = admission_of(request).acquire(len(choices))
     return Generation(
@@ -80,9 +82,24 @@ def admit(
         metrics=runtime.metrics.requests,
         permit=permit,
         arrival=request.state.arrival,
-        cache_salt=_cache_salt(owner_of(request), cache_salt or ""),
-        priority=max(0, _least_priority(request)),
+        cache_salt=_cache_salt(owner_of(request), body.cache_salt or ""),
+        priority=max(body.priority or 0, _least_priority(request)),
     )
+
+
+class ChunkUsage:
+    """The `usage` of a stream's chunks, as its `stream_options` want it."""
+
+    def __init__(self, options: StreamOptions | None, usage: Callable[[], Usage]) -> None:
+        self._usage = usage
+        self._is_continuous = options is not None and options.continuous_usage_stats
+        self.has_last_chunk = options is not None and options.include_usage
+        """Whether one more chunk, without choices, has the whole usage."""
+
+    def of_chunk(self) -> Usage | UnsetType | None:
+        if self._is_continuous:
+            return self._usage()
+        return None if self.has_last_chunk else UNSET
 
 
 def stream(

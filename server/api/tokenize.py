@@ -33,9 +33,14 @@ async def tokenize(request: Request) -> Response:
     headers = ignored_headers(body, strict=runtime.config.strict)
     model = served_model(runtime, body.model)
     if isinstance(body, TokenizeChatRequest):
-        ids = await chat_token_ids(body.messages, model, add_generation_prompt=body.add_generation_prompt)
+        ids = await chat_token_ids(
+            body.messages,
+            model,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+        )
     else:
-        ids = await text_token_ids(body.prompt, model, add_bos=body.add_special_tokens)
+        ids = await text_token_ids(body.prompt, model, add_bos=body.add_special_tokens is not False)
     strings = [model.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
     return json_response(Tokens(len(ids), model.info.max_model_len, ids, strings), headers=headers)
 

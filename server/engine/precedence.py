@@ -2,8 +2,7 @@
 
 Laws:
 1. The order of two sequences never changes while they live, preemptions included.
-2. Among equals nobody is passed over: a later arrival neither overtakes nor outlives an earlier one for memory's
-   sake.
+2. Among equals a later arrival never overtakes an earlier one.
 3. Whoever is asked to give way comes after somebody who may stay: the first of all never is.
 """
 

@@ -170,8 +170,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 class PromptTokenLogprob(TokenLogprob, frozen=True, array_like=True):
     rank: int
-    """The token's place among all, the likeliest being 1; of equally likely ones the lower id comes first. 0 where
-    the model's logits were not finite."""
+    """The token's place among all, the likeliest being 1; of equally likely ones the lower id comes first. 0
+    where the model's logits were not finite."""
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

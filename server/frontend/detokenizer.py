@@ -12,14 +12,14 @@ _UTF8Decoder = codecs.getincrementaldecoder("utf-8")
 class Detokenizer:
     """Turns the ids of one sequence into text as they come. Laws:
 
-    - The concatenation of all that `push` and `finish` return equals `Tokenizer.decode` of all the ids. Control
-      tokens have no text.
+    - The concatenation of all that `push` and `finish` return equals `Tokenizer.decode` of all the ids.
     - A character is returned when its last byte arrived; at most three bytes are ever held back.
     - The work for one token does not depend on how many came before.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._silent_ids = tokenizer.control_token_ids if skip_special_tokens else frozenset[int]()
         self._decoder = _UTF8Decoder(BYTE_REPLACEMENT)
 
     @property
@@ -29,7 +29,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that became complete with this token; may be empty."""
-        if token_id in self._tokenizer.control_token_ids:
+        if token_id in self._silent_ids:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 

@@ -43,6 +43,8 @@ class ChoiceRequest:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     stop: StopConditions
+    skip_special_tokens: bool = True
+    """Whether control tokens have no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,11 @@ class Generation:
             completion_tokens=sum(choice.state.num_generated for choice in self._choices),
             cached_tokens=sum(choice.state.num_cached_tokens for choice in firsts),
         )
+
+    def mean_logprob(self, index: int) -> float:
+        """Of the tokens that choice `index` has so far, where they have logprobs."""
+        state = self._choices[index].state
+        return state.sum_of_logprobs / max(state.num_generated, 1)
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
         """What the choices gain, as it comes. Raises GenerationError, EngineUnavailableError."""
@@ -154,7 +161,7 @@ class _Choice:
     ) -> None:
         self.index = index
         self.request = request
-        self.state = RequestState(tokenizer, request.stop)
+        self.state = RequestState(tokenizer, request.stop, skip_special_tokens=request.skip_special_tokens)
         self._client = client
         self._metrics = metrics
         self._arrival = arrival

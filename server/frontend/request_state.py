@@ -40,6 +40,8 @@ class TextDelta:
     end of the text, without the stop token. A token that a stop string cuts through belongs to them."""
     logprobs: list[TokenLogprob] | None
     """One for each of `token_ids`, where asked for."""
+    generated_token_ids: list[int]
+    """All tokens generated since the last delta, whatever became of their text; a stop token is one."""
     finish_reason: FinishReason | None
     """Set in the last delta, and only there. STOP while the engine's own output has no finish_reason means that
     a stop string was found: the engine's sequence is to be aborted."""
@@ -51,23 +53,26 @@ class RequestState:
     """Turns the engine's outputs for one sequence into text deltas. Laws:
 
     - The deltas' texts joined are a prefix of `Tokenizer.decode` of all the tokens: the whole of it, or what
-      comes before the first stop.
+      comes before the first stop. Their `generated_token_ids` are all the tokens, `num_generated` in number.
     - Text is held back only while it may be the beginning of a stop string or of a character.
     - Exactly one delta has a finish_reason, and none follows it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: StopConditions) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: StopConditions, *, skip_special_tokens: bool = True) -> None:
         """Raises ValueError for an empty stop string."""
         self._stop = stop
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
         self._matchers = [_StopMatcher(string) for string in self._stop.strings]
         self._tokens: deque[_HeldToken] = deque()
         self._held_text = ""  # the text from self._released on
         self._released = 0  # characters
         self._match: str | None = None
         self._has_logprobs = False
+        self._untold: list[int] = []
         self.num_generated = 0
         """Tokens generated so far, to the one that completed a stop string, the stop token included."""
+        self.sum_of_logprobs = 0.0
+        """Of those tokens, as far as logprobs were asked for."""
         self.num_cached_tokens = 0
         """Prompt tokens that came from the prefix cache."""
         self.is_finished = False
@@ -80,10 +85,12 @@ class RequestState:
         self._has_logprobs = self._has_logprobs or output.logprobs is not None
         for index, token_id in enumerate(output.token_ids):
             self.num_generated += 1
+            self._untold.append(token_id)
+            logprob = output.logprobs[index] if output.logprobs is not None else None
+            self.sum_of_logprobs += logprob.logprob if logprob is not None else 0.0
             is_stop_token = output.stop_token_id is not None and index == len(output.token_ids) - 1
             if is_stop_token and not self._stop.include_in_output:
                 break
-            logprob = output.logprobs[index] if output.logprobs is not None else None
             self._add_token(token_id, logprob)
             if self._match is not None:
                 break
@@ -127,10 +134,12 @@ class RequestState:
         logprobs = (
             [token.logprob for token in tokens if token.logprob is not None] if self._has_logprobs else None
         )
+        untold, self._untold = self._untold, []
         return TextDelta(
             text=text,
             token_ids=[token.token_id for token in tokens],
             logprobs=logprobs,
+            generated_token_ids=untold,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
         )

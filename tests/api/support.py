@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -24,6 +24,8 @@ from server.engine.types import (
     FinishReason,
     GenerateRequest,
     Loading,
+    PromptTokenLogprob,
+    SamplingParams,
     SequenceOutput,
     StepStats,
     TokenLogprob,
@@ -48,6 +50,8 @@ class Script:
     """What the engine does with every request until the next test."""
 
     text: str = "ab user 日 model"
+    token_ids: list[int] | None = None
+    """Instead of the text's."""
     delay: float = 0.0
     """Seconds before each token."""
     ends_with_stop: bool = True
@@ -60,6 +64,8 @@ class Script:
     """Tokens after which something unforeseen happens."""
     cached_tokens: int = 0
     logprob: float = -0.5
+    logprob_of_seed: dict[int, float] = field(default_factory=dict)
+    """Of each generated token of a sequence with this seed, instead of `logprob`."""
     tokens_per_output: int = 1
 
 
@@ -124,12 +130,15 @@ class FakeEngineClient:
                 token_ids=pending,
                 logprobs=None
                 if params.logprobs is None
-                else [self._logprob(token, params.logprobs) for token in pending],
+                else [self._logprob(token, params) for token in pending],
                 prompt_logprobs=None
                 if params.prompt_logprobs is None or not first
                 else [
                     None,
-                    *(self._logprob(token, params.prompt_logprobs) for token in request.prompt_token_ids[1:]),
+                    *(
+                        self._prompt_logprob(token, params.prompt_logprobs)
+                        for token in request.prompt_token_ids[1:]
+                    ),
                 ],
                 finish_reason=(FinishReason.STOP if is_stop else FinishReason.LENGTH) if is_last else None,
                 stop_token_id=token_id if is_stop else None,
@@ -142,16 +151,27 @@ class FakeEngineClient:
 
     def _token_ids(self) -> Iterator[int]:
         """The script's tokens, over and over."""
-        ids = TOKENIZER.encode_text(self.script.text)
+        ids = self.script.token_ids or TOKENIZER.encode_text(self.script.text)
         assert END_OF_TURN is not None
         while True:
             yield from ids
             if self.script.ends_with_stop:
                 yield END_OF_TURN
 
-    def _logprob(self, token_id: int, num_top: int) -> TokenLogprob:
-        top = [(token_id, self.script.logprob), (EOS, -9999.0)][:num_top]
-        return TokenLogprob(token_id=token_id, logprob=self.script.logprob, top=top)
+    def _logprob(self, token_id: int, params: SamplingParams) -> TokenLogprob:
+        named = [(named_id, -float(named_id)) for named_id in params.logprob_token_ids]
+        logprob = self._logprob_of(params)
+        return TokenLogprob(token_id, logprob, self._top(token_id, logprob, params.logprobs or 0) + named)
+
+    def _prompt_logprob(self, token_id: int, num_top: int) -> PromptTokenLogprob:
+        logprob = self.script.logprob
+        return PromptTokenLogprob(token_id, logprob, self._top(token_id, logprob, num_top), rank=1)
+
+    def _top(self, token_id: int, logprob: float, num_top: int) -> list[tuple[int, float]]:
+        return [(token_id, logprob), (EOS, -9999.0)][:num_top]
+
+    def _logprob_of(self, params: SamplingParams) -> float:
+        return self.script.logprob_of_seed.get(params.seed, self.script.logprob)
 
 
 class ScriptedRuntime(Runtime):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.api.support import EOS, MODEL, TOKENIZER, LiveServer, assert_error, chunks
+from tests.api.support import EOS, MODEL, TOKENIZER, LiveServer, chunks
 
 BOS = TOKENIZER.bos_id
 
@@ -163,10 +163,3 @@ def test_a_stream_says_what_the_whole_answer_says(server: LiveServer) -> None:
         assert [part["finish_reason"] for part in mine if part["finish_reason"]] == [choice["finish_reason"]]
         for name, values in choice["logprobs"].items():
             assert [value for part in mine for value in part["logprobs"][name]] == values
-
-
-def test_best_of_is_taken_only_where_it_asks_for_nothing(server: LiveServer) -> None:
-    assert server.complete("a", n=2, best_of=2).status_code == 200
-    message = assert_error(server.complete("a", n=1, best_of=2), 400, param="best_of")
-    assert "1" in message
-    assert "2" in message

@@ -189,4 +189,4 @@ def test_a_crowd_with_shared_prefixes_and_disconnects_on_a_small_pool(
     assert len(aborted) > 5
     assert engine.num_preemptions > 5
     assert engine.num_cached_tokens > 500 or digest_bytes == 0
-    assert engine.num_accepted_tokens > 100 or max_draft_tokens == 0
+    assert engine.num_accepted_tokens > 50 or max_draft_tokens == 0

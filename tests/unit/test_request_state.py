@@ -269,3 +269,29 @@ def test_a_real_tokenizers_reply_streams_without_loss(real_tokenizer: Tokenizer)
     deltas = run(state, [output([token_id]) for token_id in ids])
     assert text_of(deltas) == " Hello 👩‍👩‍👧 𓀀!\n\nStop. "
     assert not any("\ufffd" in delta.text for delta in deltas)
+
+
+def test_all_generated_tokens_are_told_whatever_became_of_their_text() -> None:
+    ids = [*byte_ids("é"), piece("a"), piece("b"), piece("c"), EOS]
+    logprobs = [TokenLogprob(token_id, -float(index), []) for index, token_id in enumerate(ids)]
+    outputs = [output([token_id], logprobs=[one]) for token_id, one in zip(ids, logprobs, strict=True)]
+    outputs[-1] = output([EOS], FinishReason.STOP, stop_token_id=EOS, logprobs=[logprobs[-1]])
+    state = state_with("cd")
+    deltas = run(state, outputs)
+    assert [token_id for delta in deltas for token_id in delta.generated_token_ids] == ids
+    # The stop token has no text and no place among the reported tokens, but its likelihood counts.
+    assert state.sum_of_logprobs == -sum(range(len(ids)))
+    assert sum(len(delta.token_ids) for delta in deltas) == len(ids) - 1
+
+    state = state_with("bc")
+    deltas = run(state, outputs)
+    assert [token_id for delta in deltas for token_id in delta.generated_token_ids] == ids[:-1]
+    assert len(ids[:-1]) == state.num_generated
+
+
+def test_control_tokens_have_a_text_where_they_are_not_skipped() -> None:
+    ids = [piece("a"), TINY.bos_id, *byte_ids("é")[:1], TINY.eos_id, piece("b")]
+    for skip in (True, False):
+        state = RequestState(TINY, StopConditions(), skip_special_tokens=skip)
+        deltas = run(state, [*(output([token_id]) for token_id in ids), output([], FinishReason.LENGTH)])
+        assert text_of(deltas) == TINY.decode(ids, skip_special_tokens=skip)
