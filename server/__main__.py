@@ -8,9 +8,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from server import __version__
-from server.config import OptionError, load_config
+from server.config import OptionError, ServerConfig, load_config
+
+if TYPE_CHECKING:
+    from server.batches.store import Store
 
 EXIT_BAD_USAGE = 2
 """As argparse has it."""
@@ -41,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve(arguments: Sequence[str]) -> int:
     try:
         config = load_config(arguments)
+        store = None if config.data_dir is None else _open_store(config)
     except OptionError as error:
         print(f"gemma-server: {error}", file=sys.stderr)
         return os.EX_CONFIG  # starting again with the same options would fail again
@@ -63,7 +68,7 @@ def serve(arguments: Sequence[str]) -> int:
 
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(runtime),
+            create_app(runtime, store),
             host=config.host,
             port=config.port,
             # Bounds the headers, and takes the body of a request that offers to upgrade, as Java's client does;
@@ -89,6 +94,13 @@ def serve(arguments: Sequence[str]) -> int:
         signal.signal(number, asked_to_end)
     server.run()
     return runtime.exit_code
+
+
+def _open_store(config: ServerConfig) -> Store:
+    from server.batches.store import Store
+
+    assert config.data_dir is not None
+    return Store(config.data_dir, max_bytes=config.max_stored_bytes, max_files=config.max_stored_files)
 
 
 def version(arguments: Sequence[str]) -> int:

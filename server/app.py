@@ -8,19 +8,46 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from server import __version__
-from server.api import chat, completions, error_handlers, health, models, openapi, prometheus, tokenize
+from server.api import (
+    batches,
+    chat,
+    completions,
+    error_handlers,
+    files,
+    health,
+    models,
+    openapi,
+    prometheus,
+    tokenize,
+)
+from server.api.dispatch import RouteRequests
 from server.api.middleware import ApiKeyMiddleware, RequestContextMiddleware
+from server.batches.lines import LINE_OVERHEAD_BYTES
+from server.batches.runner import BatchRunner
+from server.batches.store import Store
 from server.frontend.admission import Admission
 from server.runtime import Runtime
 
+ANSWERING = (chat, completions)
+"""What the lines of a batch may ask for, too."""
+OTHERS = (models, tokenize, files, batches, health, prometheus)
 
-def create_app(runtime: Runtime) -> FastAPI:
+
+def create_app(runtime: Runtime, store: Store | None = None) -> FastAPI:
+    """Without a `store`, files and batches are off. It is closed with the application."""
+
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        runner: BatchRunner | None = app.state.batches
         await runtime.start()
+        if runner is not None:
+            await runner.start()
         try:
             yield
         finally:
+            if runner is not None:
+                await runner.stop()
+                await runner.store.close()
             await runtime.stop()
 
     app = FastAPI(
@@ -40,7 +67,21 @@ def create_app(runtime: Runtime) -> FastAPI:
         access_log=not runtime.config.disable_access_log,
     )
     error_handlers.install(app)
-    for part in (chat, completions, models, tokenize, health, prometheus):
+    for part in (*ANSWERING, *OTHERS):
         app.include_router(part.router)
+    app.state.requests = RouteRequests(app, runtime, [part.router for part in ANSWERING])
+    app.state.batches = None if store is None else _runner(store, app.state.requests, runtime)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     return app
+
+
+def _runner(store: Store, requests: RouteRequests, runtime: Runtime) -> BatchRunner:
+    config = runtime.config
+    return BatchRunner(
+        store,
+        requests,
+        runtime.metrics.batches,
+        concurrency=config.batch_concurrency,
+        max_requests=config.max_batch_requests,
+        max_line_bytes=config.max_body_bytes + LINE_OVERHEAD_BYTES,
+    )

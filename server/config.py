@@ -132,6 +132,23 @@ class ServerConfig(BaseModel):
     max_body_bytes: int = Field(
         16 << 20, ge=1024, description="Largest request body; a larger one is refused with 413."
     )
+    data_dir: Path | None = Field(
+        None,
+        description="Where files and batches of clients are kept, which must outlive the server; without it, "
+        "/v1/files and /v1/batches are off. One server at a time can use a directory.",
+    )
+    batch_concurrency: int = Field(
+        8,
+        ge=1,
+        description="Requests of batches that run at once while nobody else uses the server; while somebody "
+        "does, it is 1.",
+    )
+    max_batch_requests: int = Field(50_000, ge=1, le=1_000_000, description="Most requests in one batch.")
+    max_file_bytes: int = Field(200 << 20, ge=1, description="Largest file that may be uploaded.")
+    max_stored_files: int = Field(1000, ge=1, description="Most files that are kept for one API key.")
+    max_stored_bytes: int = Field(
+        10 << 30, ge=1, description="Most bytes of files and results that are kept, of all API keys together."
+    )
     strict: bool = Field(
         False,
         description="Refuse body fields that would be ignored with 400, instead of naming them in a header.",

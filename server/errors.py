@@ -6,15 +6,20 @@
     ├── AuthenticationError             401  invalid_api_key
     ├── ModelNotFoundError              404  model_not_found
     ├── RouteNotFoundError              404  unknown_url
+    ├── ObjectNotFoundError             404  not_found
     ├── MethodNotAllowedError           405  method_not_allowed
     ├── BodyTimeoutError                408  request_timeout
+    ├── ConflictError                   409  conflict
     ├── BodyTooLargeError               413  body_too_large
     ├── UnsupportedMediaTypeError       415  unsupported_media_type
     ├── QueueFullError                  429  queue_full
     ├── GenerationError                 500  generation_failed
     ├── InternalError                   500  internal_error
+    ├── FeatureOffError                 501  feature_off
     ├── ModelLoadingError               503  model_loading
-    └── EngineUnavailableError          503  engine_unavailable
+    ├── EngineUnavailableError          503  engine_unavailable
+    └── StorageError                    507  storage_failed
+        └── StorageFullError            507  storage_full
 
 The body is always OpenAI's: {"error": {"message", "type", "param", "code"}}, all four keys present. A message
 names the parameter, the limit and the value; it holds no path, no traceback and no address.
@@ -85,6 +90,14 @@ class RouteNotFoundError(ApiError):
     default_code = "unknown_url"
 
 
+class ObjectNotFoundError(ApiError):
+    """A file or a batch that is not there, or is another key's."""
+
+    status = 404
+    type = "invalid_request_error"
+    default_code = "not_found"
+
+
 class MethodNotAllowedError(ApiError):
     status = 405
     type = "invalid_request_error"
@@ -124,6 +137,14 @@ class UnsupportedMediaTypeError(_UnreadBodyError):
     default_code = "unsupported_media_type"
 
 
+class ConflictError(ApiError):
+    """What is asked for does not go with the state that the object is in."""
+
+    status = 409
+    type = "invalid_request_error"
+    default_code = "conflict"
+
+
 class QueueFullError(ApiError):
     status = 429
     type = "rate_limit_error"
@@ -145,6 +166,29 @@ class InternalError(ApiError):
 
     def __init__(self, request_id: str) -> None:
         super().__init__(f"The server failed to answer this request. Its log tells more under {request_id}.")
+
+
+class FeatureOffError(ApiError):
+    """What needs an option that the server was started without."""
+
+    status = 501
+    default_code = "feature_off"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        # OpenAI's libraries would try again otherwise, as with every status from 500 on.
+        return {"x-should-retry": "false"}
+
+
+class StorageError(ApiError):
+    """The data directory cannot be written or read; the log says why."""
+
+    status = 507
+    default_code = "storage_failed"
+
+
+class StorageFullError(StorageError):
+    default_code = "storage_full"
 
 
 class _UnavailableError(ApiError):

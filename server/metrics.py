@@ -13,6 +13,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from server import __version__
+from server.batches.objects import FINAL_STATUSES, BatchStatus
 from server.engine.types import FinishReason, StepStats
 from server.frontend.served_model import ServedModel
 
@@ -71,6 +72,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.http = HttpMetrics(self.registry)
+        self.batches = BatchMetrics(self.registry)
         self._model_loaded = Gauge(
             "gemma_model_loaded",
             "1 once the model is loaded and the engine has answered.",
@@ -230,3 +232,37 @@ class HttpMetrics:
     def rejected(self, reason: str) -> None:
         """`reason` is the code of the error that was answered."""
         self._rejected.labels(reason).inc()
+
+
+class BatchMetrics:
+    """What becomes of batches and their lines."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.unfinished = Gauge("gemma_batches_unfinished", "Batches on their way.", registry=registry)
+        self._ended = Counter(
+            "gemma_batches_ended", "Batches, by their last status.", ("status",), registry=registry
+        )
+        for status in FINAL_STATUSES:
+            self._ended.labels(status)
+        self._answered = Counter(
+            "gemma_batch_requests",
+            "Requests of batches, by what became of them.",
+            ("outcome",),
+            registry=registry,
+        )
+        for outcome in ("completed", "failed"):
+            self._answered.labels(outcome)
+        self._files = Gauge("gemma_stored_files", "Files in the data directory.", registry=registry)
+        self._bytes = Gauge(
+            "gemma_stored_bytes", "Bytes of files and results in the data directory.", registry=registry
+        )
+
+    def ended(self, status: BatchStatus) -> None:
+        self._ended.labels(status).inc()
+
+    def answered(self, *, is_success: bool) -> None:
+        self._answered.labels("completed" if is_success else "failed").inc()
+
+    def stored(self, num_files: int, num_bytes: int) -> None:
+        self._files.set(num_files)
+        self._bytes.set(num_bytes)

@@ -32,8 +32,14 @@ def runtime_of(request: Request) -> Runtime:
 
 
 def admission_of(request: Request) -> Admission:
-    admission: Admission = request.app.state.admission
+    """The bound that applies: a request that comes from a batch brings that of batches."""
+    admission: Admission = getattr(request.state, "admission", request.app.state.admission)
     return admission
+
+
+def owner_of(request: Request) -> str:
+    """The id of the API key that was presented; empty if the server asks for none."""
+    return getattr(request.state, "key_id", "")
 
 
 async def read_body(request: Request, model: type[Body]) -> tuple[Body, dict[str, str]]:
@@ -76,8 +82,8 @@ def admit(
         metrics=runtime.metrics.requests,
         permit=permit,
         arrival=request.state.arrival,
-        cache_salt=_cache_salt(getattr(request.state, "key_id", ""), body.cache_salt or ""),
-        priority=body.priority or 0,
+        cache_salt=_cache_salt(owner_of(request), body.cache_salt or ""),
+        priority=max(body.priority or 0, _least_priority(request)),
     )
 
 
@@ -133,6 +139,11 @@ async def _disconnected(request: Request) -> None:
     # The body was read, so that nothing but the disconnect is left to come.
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _least_priority(request: Request) -> int:
+    """What a request cannot be more urgent than: those of batches come behind others."""
+    return getattr(request.state, "least_priority", -(2**63))
 
 
 def _cache_salt(key_id: str, client_salt: str) -> str:

@@ -8,6 +8,8 @@ Laws:
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Collection
 
 from server.engine.types import EngineInfo
@@ -27,6 +29,8 @@ class Permit:
 
     def release(self) -> None:
         self._admission.in_flight -= self._count
+        if self._count:
+            self._admission.released_at = time.monotonic()
         self._count = 0
 
 
@@ -34,6 +38,8 @@ class Admission:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.in_flight = 0
+        self.released_at = -math.inf
+        """`time.monotonic()` seconds at which a permit was last given back."""
 
     def acquire(self, count: int) -> Permit:
         """Room for `count` sequences, now or not at all.

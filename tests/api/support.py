@@ -16,6 +16,7 @@ import httpx
 import uvicorn
 
 from server.app import create_app
+from server.batches.store import Store
 from server.config import ServerConfig
 from server.engine.types import (
     EngineConfig,
@@ -270,7 +271,11 @@ def live_server(
     *, loaded: bool = True, max_model_len: int = MAX_MODEL_LEN, **options: Any
 ) -> Iterator[LiveServer]:
     engine = FakeEngineClient()
-    runtime = ScriptedRuntime(ServerConfig(**options), engine)
+    config = ServerConfig(**options)
+    runtime = ScriptedRuntime(config, engine)
+    store = None
+    if config.data_dir is not None:
+        store = Store(config.data_dir, max_bytes=config.max_stored_bytes, max_files=config.max_stored_files)
     if loaded:
         runtime.load(max_model_len)
     # Named as TCP, or asyncio would leave Nagle's algorithm on, which costs each answer 40 ms.
@@ -279,7 +284,7 @@ def live_server(
         port = listener.getsockname()[1]
         server = uvicorn.Server(
             uvicorn.Config(
-                create_app(runtime),
+                create_app(runtime, store),
                 http="h11",
                 access_log=False,
                 log_level="critical",
