@@ -16,7 +16,8 @@
     ├── ModelLoadingError               503  model_loading
     └── EngineUnavailableError          503  engine_unavailable
 
-The body is always OpenAI's: {"error": {"message", "type", "param", "code"}}, all four keys present. A message
+The body is OpenAI's, {"error": {"message", "type", "param", "code"}}, all four keys present, but under
+`/v1/messages`, where it is Anthropic's. A message
 names the parameter, the limit and the value; it holds no path, no traceback and no address.
 """
 

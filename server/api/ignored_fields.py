@@ -65,6 +65,10 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "lora": ([],),
     "lora_path": (),
     "lora_request": (),
+    "mcp_servers": ([],),
+    "container": (),
+    "output_config": ({},),
+    "output_format": (),
 }
 """A field that a request class declares is never looked up here: `echo` of a completion is its own."""
 
@@ -99,6 +103,10 @@ _INERT = frozenset(
         "length_penalty",
         "early_stopping",
         "include_reasoning",
+        "cache_control",
+        "citations",
+        "thinking",
+        "context_management",
     }
 )
 

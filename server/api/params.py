@@ -29,6 +29,9 @@ class Logprobs:
     prompt: int | None = None
 
 
+NO_LOGPROBS = Logprobs()
+
+
 @dataclass(frozen=True, slots=True)
 class ChoiceParams:
     sampling: SamplingParams

@@ -215,7 +215,7 @@ class Message(WireModel):
 
 
 class FunctionDefinition(WireModel):
-    name: str = Field(description="1 to 64 letters, digits, underscores and dashes.")
+    name: str = Field(description="1 to 128 letters, digits, underscores and dashes.")
     description: str | None = None
     parameters: dict[str, Any] | None = Field(
         None, description="The JSON schema of the arguments. Default: there are none."

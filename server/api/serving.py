@@ -13,7 +13,7 @@ from starlette.responses import Response
 from server.api import ignored_fields
 from server.api.body import read_object, validate
 from server.api.responses import json_response
-from server.api.sse import GenerationStream
+from server.api.sse import CHUNKS, EventFormat, GenerationStream
 from server.errors import EngineUnavailableError, ModelLoadingError, ModelNotFoundError, shown
 from server.frontend.admission import Admission
 from server.frontend.generation import ChoiceRequest, Generation
@@ -79,11 +79,21 @@ def admit(
 
 
 def stream(
-    request: Request, generation: Generation, chunks: AsyncGenerator[object, None], headers: dict[str, str]
+    request: Request,
+    generation: Generation,
+    chunks: AsyncGenerator[object, None],
+    headers: dict[str, str],
+    form: EventFormat = CHUNKS,
 ) -> Response:
     runtime = runtime_of(request)
     return GenerationStream(
-        request, generation, chunks, config=runtime.config, metrics=runtime.metrics.http, headers=headers
+        request,
+        generation,
+        chunks,
+        config=runtime.config,
+        metrics=runtime.metrics.http,
+        headers=headers,
+        form=form,
     )
 
 

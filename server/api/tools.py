@@ -21,9 +21,9 @@ from server.frontend.tool_grammar import (
 from server.tool_format import Tool
 
 MAX_TOOLS = 128
-"""OpenAI's limit."""
+"""OpenAI's limit. Names may be as long as Anthropic's."""
 
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 _MODES = ("none", "auto", "required")
 
 
@@ -133,7 +133,7 @@ async def _check(declared: Sequence[DeclaredTool]) -> list[str]:
         name = item.tool.name
         if not _NAME.fullmatch(name):
             raise InvalidRequestError(
-                f"'{item.name_param}' must be 1 to 64 letters, digits, '_' and '-', got {shown(name)}.",
+                f"'{item.name_param}' must be 1 to 128 letters, digits, '_' and '-', got {shown(name)}.",
                 param=item.name_param,
             )
         if name in seen:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from starlette.requests import Request
 
-from server.api.params import Logprobs, choices_of_prompt
+from server.api.params import NO_LOGPROBS, Logprobs, choices_of_prompt
 from server.api.prompts import chat_token_ids
 from server.api.protocol import GenerationFields
 from server.api.serving import admit
@@ -25,22 +25,31 @@ async def begin_turn(
     fields: GenerationFields,
     *,
     tools: ToolPlan,
-    max_tokens: int | None,
-    logprobs: Logprobs,
+    max_tokens: int | None = None,
+    max_tokens_if_they_fit: int | None = None,
+    logprobs: Logprobs = NO_LOGPROBS,
     messages_param: str = "messages",
     max_tokens_param: str = "max_tokens",
 ) -> Turn:
     """Room for the answer to `messages`. The params are the dialect's names for fields, for errors.
 
+    `max_tokens` must fit the model's context beside the prompt; of `max_tokens_if_they_fit`, as many as do are
+    generated.
+
     Raises InvalidRequestError, QueueFullError.
     """
     prompt = await chat_token_ids(messages, model, declarations=tools.declarations, param=messages_param)
     max_tokens = resolve_max_tokens(
-        len(prompt), max_tokens, model.info, param=messages_param, max_tokens_param=max_tokens_param
+        len(prompt),
+        max_tokens,
+        model.info,
+        param=messages_param,
+        max_tokens_param=max_tokens_param,
+        default=max_tokens_if_they_fit,
     )
     check_token_ids(prompt, model.info, messages_param)
     choices = [
         ChoiceRequest(0, prompt, params.sampling, params.stop)
         for params in choices_of_prompt(fields, model, max_tokens=max_tokens, logprobs=logprobs, tools=tools)
     ]
-    return Turn(admit(request, model, choices, fields.cache_salt), tools.names)
+    return Turn(admit(request, model, choices, fields.cache_salt), tools.names, max_tokens)

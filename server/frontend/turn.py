@@ -47,9 +47,11 @@ class TurnChoice:
 class Turn:
     """Reads an admitted generation, once."""
 
-    def __init__(self, generation: Generation, tool_names: frozenset[str]) -> None:
+    def __init__(self, generation: Generation, tool_names: frozenset[str], max_tokens: int) -> None:
         """`tool_names`: of the tools that the model may call."""
         self.generation = generation
+        self.max_tokens = max_tokens
+        """Tokens of each choice at most."""
         self._tool_names = tool_names
 
     def usage(self) -> UsageCounts:

@@ -266,7 +266,7 @@ def function(**fields: Any) -> dict[str, Any]:
         (function(name=""), "tools[0].function.name"),
         (function(name="a b"), "tools[0].function.name"),
         (function(name="a\n"), "tools[0].function.name"),
-        (function(name="a" * 65), "tools[0].function.name"),
+        (function(name="a" * 129), "tools[0].function.name"),
         (function(name='a"b'), "tools[0].function.name"),
         (function(parameters=[]), "tools[0].function.parameters"),
         (function(parameters={"type": "array"}), "tools[0].function.parameters"),
