@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from server.api import logprobs
+from server.api.constraints import output_constraints
 from server.api.openapi import body_of
 from server.api.params import chat_logprobs, check_stream_options, choices_of_prompt
 from server.api.prompts import chat_token_ids
@@ -54,9 +55,12 @@ async def create_chat_completion(request: Request) -> Response:
         max_tokens_param="max_completion_tokens" if by_new_name else "max_tokens",
     )
     check_token_ids(prompt, model.info, "messages")
+    constraints = await output_constraints(body, model, runtime.grammars)
     choices = [
         ChoiceRequest(0, prompt, params.sampling, params.stop)
-        for params in choices_of_prompt(body, model, max_tokens=max_tokens, logprobs=wanted_logprobs)
+        for params in choices_of_prompt(
+            body, model, max_tokens=max_tokens, logprobs=wanted_logprobs, constraints=constraints
+        )
     ]
     generation = admit(request, model, choices, body.cache_salt)
     head = Head.new("chatcmpl", model.names[0])

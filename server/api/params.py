@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
+from server.api.constraints import OutputConstraints
 from server.api.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
 from server.engine.types import SamplingParams
 from server.errors import InvalidRequestError
@@ -59,7 +60,12 @@ def check_stream_options(body: GenerationFields) -> None:
 
 
 def choices_of_prompt(
-    body: GenerationFields, model: ServedModel, *, max_tokens: int, logprobs: Logprobs
+    body: GenerationFields,
+    model: ServedModel,
+    *,
+    max_tokens: int,
+    logprobs: Logprobs,
+    constraints: OutputConstraints,
 ) -> list[ChoiceParams]:
     """The parameters of each of the `n` choices of one prompt, checked against the model.
 
@@ -99,6 +105,9 @@ def choices_of_prompt(
                 stop_token_ids=tuple(sorted({*model_stops, *own_stops})),
                 logprobs=logprobs.output,
                 prompt_logprobs=logprobs.prompt,
+                grammar=constraints.grammar,
+                allowed_token_ids=constraints.allowed_token_ids,
+                bad_words=constraints.bad_words,
             ),
             stop=stop,
         )
