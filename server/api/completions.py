@@ -8,6 +8,7 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
+from server.api.constraints import output_constraints
 from server.api.logprobs import CompletionLogprobsWriter, extend
 from server.api.openapi import body_of
 from server.api.params import (
@@ -43,6 +44,7 @@ async def create_completion(request: Request) -> Response:
     admission_of(request).check_count(len(body.prompt) * (body.n or 1))
     logprobs = completion_logprobs(body, runtime.config.max_logprobs)
     prompts = await prompt_token_ids(body.prompt, model)
+    constraints = await output_constraints(body, model, runtime.grammars)
     choices = []
     for index, token_ids in enumerate(prompts):
         max_tokens = resolve_max_tokens(
@@ -57,7 +59,9 @@ async def create_completion(request: Request) -> Response:
         # The engine computes a prompt's log probabilities on the way to a token: scoring alone drops that one.
         choices += [
             ChoiceRequest(index, token_ids, params.sampling, params.stop)
-            for params in choices_of_prompt(body, model, max_tokens=max(max_tokens, 1), logprobs=logprobs)
+            for params in choices_of_prompt(
+                body, model, max_tokens=max(max_tokens, 1), logprobs=logprobs, constraints=constraints
+            )
         ]
     generation = admit(request, model, choices, body.cache_salt)
     head = Head.new("cmpl", model.names[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
+from server.api.constraints import OutputConstraints
 from server.api.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
 from server.engine.types import SamplingParams
 from server.errors import InvalidRequestError
@@ -69,6 +70,7 @@ def choices_of_prompt(
     *,
     max_tokens: int,
     logprobs: Logprobs,
+    constraints: OutputConstraints,
     tools: ToolPlan = NO_TOOLS,
 ) -> list[ChoiceParams]:
     """The parameters of each of the `n` choices of one prompt, checked against the model.
@@ -93,7 +95,6 @@ def choices_of_prompt(
         tool_names=tools.names,
         silent_token_ids=frozenset(model_stops) - frozenset(own_stops),
     )
-    grammar = tools.grammar()
     first_seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
     return [
         ChoiceParams(
@@ -110,9 +111,11 @@ def choices_of_prompt(
                 repetition_penalty=_or(body.repetition_penalty, 1.0),
                 logit_bias=body.logit_bias,
                 stop_token_ids=tuple(sorted({*model_stops, *own_stops})),
-                grammar=grammar,
                 logprobs=logprobs.output,
                 prompt_logprobs=logprobs.prompt,
+                grammar=constraints.grammar,
+                allowed_token_ids=constraints.allowed_token_ids,
+                bad_words=constraints.bad_words,
             ),
             stop=stop,
         )

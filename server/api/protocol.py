@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
+from server.api.formats import Choices, ResponseFormat, StructuredOutputs
 from server.api.tools import DeclaredTool, ToolChoiceField
 from server.tool_format import Tool
 
@@ -19,6 +20,8 @@ MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 1000
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 1000
 MAX_MESSAGES = 10_000
 MAX_CACHE_SALT_CHARS = 128
 MAX_CALLS = 1024
@@ -133,6 +136,7 @@ LogitBias = Annotated[
 
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 """Only the first mistake is noted: noting each of a million takes seconds, in which nothing else is served."""
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 
 
 class WireModel(BaseModel):
@@ -172,6 +176,19 @@ class GenerationFields(WireModel):
     )
     min_tokens: int | None = Field(None, ge=0, description="No stop token is sampled before so many tokens.")
     ignore_eos: bool | None = Field(None, description="Go on after the model's own end tokens.")
+    allowed_token_ids: TokenIds | None = Field(
+        None, min_length=1, description="The only token ids that are sampled; end tokens count."
+    )
+    bad_words: Annotated[list[BadWord], Field(fail_fast=True, max_length=MAX_BAD_WORDS)] | None = Field(
+        None, description="Texts that are not generated, alone or behind a space."
+    )
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = Field(None, description="As `structured_outputs.json`.")
+    guided_regex: str | None = Field(None, description="As `structured_outputs.regex`.")
+    guided_choice: Choices | None = Field(None, description="As `structured_outputs.choice`.")
+    guided_grammar: str | None = Field(None, description="As `structured_outputs.grammar`.")
+    guided_json_object: bool | None = Field(None, description="As `structured_outputs.json_object`.")
     n: int | None = Field(None, ge=1, le=MAX_N, description="Choices for each prompt. Default: 1.")
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = None

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from starlette.requests import Request
 
+from server.api.constraints import output_constraints
 from server.api.params import NO_LOGPROBS, Logprobs, choices_of_prompt
 from server.api.prompts import chat_token_ids
 from server.api.protocol import GenerationFields
-from server.api.serving import admit
+from server.api.serving import admit, runtime_of
+from server.api.tool_plans import constrained_to
 from server.chat_template import ChatMessage
 from server.frontend.admission import check_token_ids, resolve_max_tokens
 from server.frontend.generation import ChoiceRequest
@@ -48,8 +50,12 @@ async def begin_turn(
         default=max_tokens_if_they_fit,
     )
     check_token_ids(prompt, model.info, messages_param)
+    grammars = runtime_of(request).grammars
+    constraints = await constrained_to(tools, await output_constraints(fields, model, grammars), grammars)
     choices = [
         ChoiceRequest(0, prompt, params.sampling, params.stop)
-        for params in choices_of_prompt(fields, model, max_tokens=max_tokens, logprobs=logprobs, tools=tools)
+        for params in choices_of_prompt(
+            fields, model, max_tokens=max_tokens, logprobs=logprobs, constraints=constraints, tools=tools
+        )
     ]
     return Turn(admit(request, model, choices, fields.cache_salt), tools.names, max_tokens)

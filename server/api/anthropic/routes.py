@@ -36,7 +36,7 @@ async def create_message(request: Request) -> Response:
     body, headers = await read_body(request, MessagesRequest)
     model = served_model(runtime, body.model)
     messages = conversation(body)
-    tools, loose = await tool_plan(body)
+    tools, loose = await tool_plan(body, runtime.grammars)
     ignored_fields.add_to_header(headers, loose)
     fields = GenerationFields.model_construct(
         temperature=body.temperature,
@@ -60,7 +60,8 @@ async def create_message(request: Request) -> Response:
 )
 async def count_tokens(request: Request) -> Response:
     body, headers = await read_body(request, CountTokensRequest)
-    model = served_model(runtime_of(request), body.model)
-    tools, _ = await tool_plan(body)
+    runtime = runtime_of(request)
+    model = served_model(runtime, body.model)
+    tools, _ = await tool_plan(body, runtime.grammars)
     ids = await chat_token_ids(conversation(body), model, declarations=tools.declarations)
     return json_response(TokenCount(len(ids)), headers=headers)
