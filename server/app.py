@@ -11,6 +11,7 @@ from server import __version__
 from server.api import chat, completions, error_handlers, health, models, openapi, prometheus, tokenize
 from server.api.anthropic import routes as anthropic
 from server.api.middleware import ApiKeyMiddleware, RequestContextMiddleware
+from server.api.openai_responses import routes as openai_responses
 from server.frontend.admission import Admission
 from server.runtime import Runtime
 
@@ -41,7 +42,7 @@ def create_app(runtime: Runtime) -> FastAPI:
         access_log=not runtime.config.disable_access_log,
     )
     error_handlers.install(app)
-    for part in (chat, completions, anthropic, models, tokenize, health, prometheus):
+    for part in (chat, completions, openai_responses, anthropic, models, tokenize, health, prometheus):
         app.include_router(part.router)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     return app

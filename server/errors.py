@@ -5,6 +5,7 @@
     │   └── ContextLengthError          400  context_length_exceeded
     ├── AuthenticationError             401  invalid_api_key
     ├── ModelNotFoundError              404  model_not_found
+    ├── ResponseNotFoundError           404  response_not_found
     ├── RouteNotFoundError              404  unknown_url
     ├── MethodNotAllowedError           405  method_not_allowed
     ├── BodyTimeoutError                408  request_timeout
@@ -78,6 +79,12 @@ class ModelNotFoundError(ApiError):
     status = 404
     type = "invalid_request_error"
     default_code = "model_not_found"
+
+
+class ResponseNotFoundError(ApiError):
+    status = 404
+    type = "invalid_request_error"
+    default_code = "response_not_found"
 
 
 class RouteNotFoundError(ApiError):

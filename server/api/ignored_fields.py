@@ -100,6 +100,9 @@ _INERT = frozenset(
         "cache_control",
         "citations",
         "thinking",
+        "reasoning",
+        "status",
+        "max_tool_calls",
         "context_management",
     }
 )

@@ -48,15 +48,21 @@ def chat_logprobs(body: ChatCompletionRequest, max_logprobs: int) -> Logprobs:
             )
         return Logprobs()
     top = body.top_logprobs or 0
-    _check_logprobs(top, max_logprobs, "top_logprobs")
+    check_logprobs(top, max_logprobs, "top_logprobs")
     return Logprobs(output=top)
 
 
 def completion_logprobs(body: CompletionRequest, max_logprobs: int) -> Logprobs:
     if body.logprobs is None:
         return Logprobs()
-    _check_logprobs(body.logprobs, max_logprobs, "logprobs")
+    check_logprobs(body.logprobs, max_logprobs, "logprobs")
     return Logprobs(output=body.logprobs, prompt=body.logprobs if body.echo else None)
+
+
+def check_logprobs(value: int, limit: int, param: str) -> None:
+    """Raises InvalidRequestError if `value` alternatives are more than the server reports."""
+    if value > limit:
+        raise InvalidRequestError(f"'{param}' must be at most {limit}, got {value}.", param=param)
 
 
 def check_stream_options(body: GenerationFields) -> None:
@@ -121,11 +127,6 @@ def choices_of_prompt(
         )
         for index in range(body.n or 1)
     ]
-
-
-def _check_logprobs(value: int, limit: int, param: str) -> None:
-    if value > limit:
-        raise InvalidRequestError(f"'{param}' must be at most {limit}, got {value}.", param=param)
 
 
 def _or(value: float | None, default: float) -> float:

@@ -51,7 +51,8 @@ async def begin_turn(
     )
     check_token_ids(prompt, model.info, messages_param)
     grammars = runtime_of(request).grammars
-    constraints = await constrained_to(tools, await output_constraints(fields, model, grammars), grammars)
+    constraints = await output_constraints(fields, model, grammars)
+    constraints = await constrained_to(tools, constraints, grammars)
     choices = [
         ChoiceRequest(0, prompt, params.sampling, params.stop)
         for params in choices_of_prompt(
