@@ -17,12 +17,12 @@ from pydantic_core import from_json
 from server.api.formats import ResponseFormat, StructuredOutputs
 from server.api.prompts import INLINE_CHARS
 from server.api.protocol import GenerationFields
-from server.engine.grammar.library import GrammarError
 from server.errors import InvalidRequestError
 from server.frontend.admission import check_token_ids
 from server.frontend.grammar_check import GrammarChecker
 from server.frontend.grammar_worker import Question, Syntax
 from server.frontend.served_model import ServedModel
+from server.grammar_library import GrammarError
 from server.tokenizer import InvalidTextError, Tokenizer
 
 _WHITESPACE = r" |\n[ \t]{0,20}"
@@ -65,6 +65,7 @@ async def check_grammar(question: Question, grammars: GrammarChecker, param: str
         return await grammars.check(question)
     except GrammarError as error:
         message = " ".join(str(error)[: 2 * _LONGEST_MESSAGE].split())
+        message = message.replace("Unimplemented keys:", "unsupported keywords:")
         if len(message) > _LONGEST_MESSAGE:
             message = message[: _LONGEST_MESSAGE - 3] + "..."
         raise InvalidRequestError(f"'{param}' cannot be used: {message}.", param=param) from None

@@ -22,10 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from server.engine.grammar.library import MAX_GRAMMAR_CHARS, GrammarError
 from server.engine.types import Vocabulary
 from server.errors import QueueFullError
 from server.frontend.grammar_worker import Question, Verdict, read_frame, write_frame
+from server.grammar_library import MAX_GRAMMAR_CHARS, GrammarError
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +59,9 @@ class GrammarChecker:
         return verdict.grammar
 
     def close(self) -> None:
-        """End the child. A check that runs fails."""
+        """End the child, and with it the check that runs."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-        if self._process is not None:
-            self._process.kill()
+        self._end()
 
     async def _judge(self, question: Question) -> Verdict:
         if len(question.text) > MAX_GRAMMAR_CHARS:
@@ -114,7 +113,8 @@ class GrammarChecker:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.communicate()
+            with process:  # waits, and closes the pipes
+                pass
 
 
 def _read(process: subprocess.Popen[bytes], seconds: float) -> bytes | None:

@@ -15,8 +15,8 @@ from typing import IO
 
 import msgspec
 
-from server.engine.grammar.library import GrammarError, Vocabulary
 from server.engine.types import Vocabulary as VocabularyMessage
+from server.grammar_library import GrammarError, Vocabulary
 
 LENGTH_BYTES = 4
 _STACK_BYTES = 4 << 20

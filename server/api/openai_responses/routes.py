@@ -16,7 +16,7 @@ from server.api.openai_responses.conversation import (
     declared_tools,
     response_format,
 )
-from server.api.openai_responses.protocol import LOGPROBS, ResponsesRequest
+from server.api.openai_responses.protocol import LOGPROBS, ResponsesRequest, TextFormat
 from server.api.openai_responses.writer import EVENTS, IN_PROGRESS, ResponseWriter
 from server.api.openapi import body_of
 from server.api.params import DEFAULT_TEMPERATURE, DEFAULT_TOP_P, Logprobs, check_logprobs
@@ -100,6 +100,7 @@ def _logprobs(body: ResponsesRequest, max_logprobs: int) -> Logprobs:
 
 def _begun(body: ResponsesRequest, model: str) -> ResponseObject:
     format = body.text.format if body.text is not None else None
+    format = format or TextFormat(type="text")
     return ResponseObject(
         id=f"resp_{uuid.uuid4().hex}",
         created_at=int(time.time()),
@@ -111,11 +112,7 @@ def _begun(body: ResponsesRequest, model: str) -> ResponseObject:
         output=[],
         parallel_tool_calls=body.parallel_tool_calls is not False,
         temperature=DEFAULT_TEMPERATURE if body.temperature is None else body.temperature,
-        text={
-            "format": {"type": "text"}
-            if format is None
-            else format.model_dump(by_alias=True, exclude_none=True)
-        },
+        text={"format": format.model_dump(by_alias=True, exclude_none=True)},
         tool_choice=_shown_choice(body.tool_choice, has_tools=bool(body.tools)),
         tools=[tool.model_dump() for tool in body.tools or ()],
         top_p=DEFAULT_TOP_P if body.top_p is None else body.top_p,
