@@ -20,17 +20,19 @@ from server.api import (
     prometheus,
     tokenize,
 )
+from server.api.anthropic import routes as anthropic
 from server.api.dispatch import RouteRequests
 from server.api.middleware import ApiKeyMiddleware, RequestContextMiddleware
+from server.api.openai_responses import routes as openai_responses
 from server.batches.lines import LINE_OVERHEAD_BYTES
 from server.batches.runner import BatchRunner
 from server.batches.store import Store
 from server.frontend.admission import Admission
 from server.runtime import Runtime
 
-ANSWERING = (chat, completions)
+ANSWERING = (chat, completions, openai_responses)
 """What the lines of a batch may ask for, too."""
-OTHERS = (models, tokenize, files, batches, health, prometheus)
+OTHERS = (anthropic, models, tokenize, files, batches, health, prometheus)
 
 
 def create_app(runtime: Runtime, store: Store | None = None) -> FastAPI:

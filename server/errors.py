@@ -5,6 +5,7 @@
     │   └── ContextLengthError          400  context_length_exceeded
     ├── AuthenticationError             401  invalid_api_key
     ├── ModelNotFoundError              404  model_not_found
+    ├── ResponseNotFoundError           404  response_not_found
     ├── RouteNotFoundError              404  unknown_url
     ├── ObjectNotFoundError             404  not_found
     ├── MethodNotAllowedError           405  method_not_allowed
@@ -21,7 +22,8 @@
     └── StorageError                    507  storage_failed
         └── StorageFullError            507  storage_full
 
-The body is always OpenAI's: {"error": {"message", "type", "param", "code"}}, all four keys present. A message
+The body is OpenAI's, {"error": {"message", "type", "param", "code"}}, all four keys present, but under
+`/v1/messages`, where it is Anthropic's. A message
 names the parameter, the limit and the value; it holds no path, no traceback and no address.
 """
 
@@ -82,6 +84,12 @@ class ModelNotFoundError(ApiError):
     status = 404
     type = "invalid_request_error"
     default_code = "model_not_found"
+
+
+class ResponseNotFoundError(ApiError):
+    status = 404
+    type = "invalid_request_error"
+    default_code = "response_not_found"
 
 
 class RouteNotFoundError(ApiError):

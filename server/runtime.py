@@ -26,7 +26,9 @@ from server.engine.models.gguf import read_metadata
 from server.engine.models.safetensors_dir import read_config
 from server.engine.types import EngineConfig, Loading
 from server.frontend.client import EngineClient, EngineDeadError
+from server.frontend.grammar_check import GrammarChecker
 from server.frontend.served_model import ServedModel
+from server.frontend.vocabulary import make_byte_vocabulary, make_vocabulary
 from server.gguf_tokenizer import tokenizer_for_gguf
 from server.metrics import Metrics
 from server.model_source import DownloadProgress, ModelFiles, ModelSourceError, resolve
@@ -66,6 +68,8 @@ class Runtime:
         client.on_loading = self._on_loading
         client.on_step = self.metrics.record_step
         client.on_death = self._on_death
+        client.make_vocabulary = lambda: make_vocabulary(*self._tokenizer_and_size())
+        self.grammars = GrammarChecker(lambda: make_byte_vocabulary(*self._tokenizer_and_size()))
 
     def read_model(self) -> None:
         """Begin to find and read the model in a thread; `start` does, unless it was done already."""
@@ -80,6 +84,7 @@ class Runtime:
     async def stop(self) -> None:
         if self._loading is not None:
             self._loading.cancel()
+        self.grammars.close()
         await self.client.stop()
 
     async def _load(self) -> None:
@@ -133,6 +138,11 @@ class Runtime:
         )
         self._on_loading(Loading("tokenizer", 0.0))
         return (files, *_read_model(files))
+
+    def _tokenizer_and_size(self) -> tuple[Tokenizer, int]:
+        """Only a loaded model gets grammars."""
+        assert self.model is not None
+        return self.model.tokenizer, self.model.info.vocab_size
 
     def _on_download(self, progress: DownloadProgress) -> None:
         self.stage = "download"

@@ -28,7 +28,7 @@ from server.api.responses import (
     Usage,
 )
 from server.api.serving import ChunkUsage, answer, read_body, runtime_of, served_model, stream
-from server.api.tools import plan_tools
+from server.api.tool_plans import plan_tools
 from server.api.turns import begin_turn
 from server.engine.types import PromptTokenLogprob, TokenLogprob
 from server.frontend.tool_parser import ArgumentPiece, CallBegun, Piece, TextPiece
@@ -52,7 +52,10 @@ async def create_chat_completion(request: Request) -> Response:
     check_stream_options(body)
     messages = chat_messages(body.messages)
     tools, loose = await plan_tools(
-        declared_tools(body.tools), body.tool_choice, is_parallel=body.parallel_tool_calls is not False
+        declared_tools(body.tools),
+        body.tool_choice,
+        runtime.grammars,
+        is_parallel=body.parallel_tool_calls is not False,
     )
     ignored_fields.add_to_header(headers, loose)
     by_new_name = body.max_completion_tokens is not None

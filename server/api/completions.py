@@ -8,6 +8,7 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request, Response
 
 from server.api.completion_writer import ChoiceWriter, append
+from server.api.constraints import output_constraints
 from server.api.openapi import body_of
 from server.api.params import (
     DEFAULT_COMPLETION_TOKENS,
@@ -51,6 +52,7 @@ async def create_completion(request: Request) -> Response:
     num_choices = num_generated_choices(body)
     admission_of(request).check_count(len(body.prompt) * num_choices)
     logprobs = completion_logprobs(body, runtime.config.max_logprobs)
+    constraints = await output_constraints(body, model, runtime.grammars)
     # What was written to fill a middle begins another file, or another middle, where it should end.
     more_stops = model.tokenizer.fim_ids.values() if body.suffix else ()
     choices = []
@@ -73,6 +75,7 @@ async def create_completion(request: Request) -> Response:
                 max_tokens=max(max_tokens, 1),
                 logprobs=logprobs,
                 count=num_choices,
+                constraints=constraints,
                 more_stop_token_ids=more_stops,
             )
         ]

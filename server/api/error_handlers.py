@@ -1,4 +1,4 @@
-"""Every error as a response in OpenAI's shape."""
+"""Every error as a response in its dialect's shape."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from server.api.error_responses import error_response
 from server.api.middleware import CLIENT_LEFT
-from server.api.responses import error_response
 from server.api.serving import runtime_of
 from server.errors import (
     ApiError,
@@ -31,23 +31,25 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     if error.status in (429, 503):
         runtime_of(request).metrics.http.rejected(error.code)
-    return error_response(error)
+    return error_response(error, request.scope["path"])
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     """The framework's own: no such route, or not with this method."""
     assert isinstance(error, HTTPException)
-    asked = f"{request.method} {shown(request.scope['path'])[1:-1]}"
+    path = request.scope["path"]
+    asked = f"{request.method} {shown(path)[1:-1]}"
     if error.status_code == 404:
-        return error_response(RouteNotFoundError(f"There is no {asked}."))
+        return error_response(RouteNotFoundError(f"There is no {asked}."), path)
     if error.status_code == 405:
         allow = (error.headers or {}).get("Allow")
-        return error_response(MethodNotAllowedError(f"There is no {asked}; the path takes {allow}.", allow))
-    return error_response(InvalidRequestError(str(error.detail)))
+        message = f"There is no {asked}; the path takes {allow}."
+        return error_response(MethodNotAllowedError(message, allow), path)
+    return error_response(InvalidRequestError(str(error.detail)), path)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
-    return error_response(InvalidRequestError("The path or the query is not valid."))
+    return error_response(InvalidRequestError("The path or the query is not valid."), request.scope["path"])
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:

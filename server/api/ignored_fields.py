@@ -28,13 +28,9 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "functions": ([],),
     "function_call": ("none",),
     "tool_calls": ([],),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json_object": (False,),
+    "structural_tag": (),
+    "guided_whitespace_pattern": (),
+    "whitespace_pattern": (),
     "json_schema": (),
     "regex": (),
     "ebnf": (),
@@ -51,13 +47,15 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "use_beam_search": (False,),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
     "logit_processors": ([],),
     "stop_regex": (),
     "lora": ([],),
     "lora_path": (),
     "lora_request": (),
+    "mcp_servers": ([],),
+    "container": (),
+    "output_config": ({},),
+    "output_format": (),
 }
 """A field that a request class declares is never looked up here: `suffix` of a completion is its own."""
 
@@ -91,6 +89,13 @@ _INERT = frozenset(
         "length_penalty",
         "early_stopping",
         "include_reasoning",
+        "cache_control",
+        "citations",
+        "thinking",
+        "reasoning",
+        "status",
+        "max_tool_calls",
+        "context_management",
     }
 )
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.responses import error_response
+from server.api.error_responses import error_response, is_anthropic
 from server.errors import AuthenticationError, InternalError
 from server.metrics import HttpMetrics
 
@@ -65,7 +65,7 @@ class RequestContextMiddleware:
             logger.exception("request %s failed", request_id)
             if status:
                 raise  # too late for an answer: the server closes the connection
-            await error_response(InternalError(request_id))(scope, receive, send_with_id)
+            await error_response(InternalError(request_id), scope["path"])(scope, receive, send_with_id)
         finally:
             if state["client_left"]:
                 status = CLIENT_LEFT
@@ -104,10 +104,13 @@ class ApiKeyMiddleware:
         if scope["type"] != "http" or not self._digests or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        digest = self._matching(_bearer_token(scope))
+        token, headers = _bearer_token(scope), "'Authorization: Bearer KEY'"
+        if is_anthropic(scope["path"]):
+            token, headers = token or _header(scope, b"x-api-key"), f"{headers} or 'x-api-key: KEY'"
+        digest = self._matching(token)
         if digest is None:
-            error = AuthenticationError("A valid API key is needed, as the header 'Authorization: Bearer KEY'.")
-            await error_response(error)(scope, receive, send)
+            error = AuthenticationError(f"A valid API key is needed, as the header {headers}.")
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         scope["state"]["key_id"] = digest.hex()
         await self._app(scope, receive, send)
@@ -125,8 +128,11 @@ class ApiKeyMiddleware:
 
 def _bearer_token(scope: Scope) -> bytes:
     """Empty, which is no key, unless there is one Authorization header of this scheme."""
-    values = [value for name, value in scope["headers"] if name == b"authorization"]
-    if len(values) != 1:
-        return b""
-    scheme, _, token = values[0].partition(b" ")
-    return bytes(token.strip()) if scheme.lower() == b"bearer" else b""
+    scheme, _, token = _header(scope, b"authorization").partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else b""
+
+
+def _header(scope: Scope, wanted: bytes) -> bytes:
+    """Empty unless there is exactly one of this name."""
+    values = [bytes(value) for name, value in scope["headers"] if name == wanted]
+    return values[0] if len(values) == 1 else b""

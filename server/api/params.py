@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from server.api.constraints import OutputConstraints
 from server.api.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
 from server.engine.types import SamplingParams
 from server.errors import InvalidRequestError
@@ -32,6 +33,9 @@ class Logprobs:
     """Reported with each token of the output, likely or not."""
 
 
+NO_LOGPROBS = Logprobs()
+
+
 @dataclass(frozen=True, slots=True)
 class ChoiceParams:
     sampling: SamplingParams
@@ -49,7 +53,7 @@ def chat_logprobs(body: ChatCompletionRequest, max_logprobs: int) -> Logprobs:
         _check_no_token_ids(body)
         return Logprobs(prompt=prompt)
     top = body.top_logprobs or 0
-    _check_logprobs(top, max_logprobs, "top_logprobs")
+    check_logprobs(top, max_logprobs, "top_logprobs")
     return Logprobs(top, prompt, tuple(body.logprob_token_ids or ()))
 
 
@@ -58,7 +62,7 @@ def completion_logprobs(body: CompletionRequest, max_logprobs: int) -> Logprobs:
     if body.logprobs is None:
         _check_no_token_ids(body)
         return Logprobs(output=0 if num_generated_choices(body) > (body.n or 1) else None, prompt=prompt)
-    _check_logprobs(body.logprobs, max_logprobs, "logprobs")
+    check_logprobs(body.logprobs, max_logprobs, "logprobs")
     if body.echo:
         prompt = max(body.logprobs, prompt or 0)
     return Logprobs(body.logprobs, prompt, tuple(body.logprob_token_ids or ()))
@@ -82,6 +86,12 @@ def num_generated_choices(body: CompletionRequest) -> int:
     return body.best_of
 
 
+def check_logprobs(value: int, limit: int, param: str) -> None:
+    """Raises InvalidRequestError if `value` alternatives are more than the server reports."""
+    if value > limit:
+        raise InvalidRequestError(f"'{param}' must be at most {limit}, got {value}.", param=param)
+
+
 def check_stream_options(body: GenerationFields) -> None:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("'stream_options' needs 'stream' to be true.", param="stream_options")
@@ -94,6 +104,7 @@ def choices_of_prompt(
     max_tokens: int,
     logprobs: Logprobs,
     count: int,
+    constraints: OutputConstraints,
     more_stop_token_ids: Iterable[int] = (),
     tools: ToolPlan = NO_TOOLS,
 ) -> list[ChoiceParams]:
@@ -122,7 +133,6 @@ def choices_of_prompt(
         tool_names=tools.names,
         silent_token_ids=frozenset(model_stops) - frozenset(own_stops),
     )
-    grammar = tools.grammar()
     first_seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
     return [
         ChoiceParams(
@@ -139,10 +149,12 @@ def choices_of_prompt(
                 repetition_penalty=_or(body.repetition_penalty, 1.0),
                 logit_bias=body.logit_bias,
                 stop_token_ids=tuple(sorted({*model_stops, *own_stops})),
-                grammar=grammar,
                 logprobs=logprobs.output,
                 logprob_token_ids=logprobs.token_ids,
                 prompt_logprobs=logprobs.prompt,
+                grammar=constraints.grammar,
+                allowed_token_ids=constraints.allowed_token_ids,
+                bad_words=constraints.bad_words,
             ),
             stop=stop,
         )
@@ -152,7 +164,7 @@ def choices_of_prompt(
 
 def _prompt_logprobs(body: GenerationFields, max_logprobs: int) -> int | None:
     if body.prompt_logprobs is not None:
-        _check_logprobs(body.prompt_logprobs, max_logprobs, "prompt_logprobs")
+        check_logprobs(body.prompt_logprobs, max_logprobs, "prompt_logprobs")
         if body.stream:
             raise InvalidRequestError(
                 "'prompt_logprobs' are not part of a stream: they need 'stream' to be false.",
@@ -164,11 +176,6 @@ def _prompt_logprobs(body: GenerationFields, max_logprobs: int) -> int | None:
 def _check_no_token_ids(body: GenerationFields) -> None:
     if body.logprob_token_ids:
         raise InvalidRequestError("'logprob_token_ids' needs 'logprobs'.", param="logprob_token_ids")
-
-
-def _check_logprobs(value: int, limit: int, param: str) -> None:
-    if value > limit:
-        raise InvalidRequestError(f"'{param}' must be at most {limit}, got {value}.", param=param)
 
 
 def _or(value: float | None, default: float) -> float:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
+from server.api.formats import Choices, ResponseFormat, StructuredOutputs
 from server.api.tools import DeclaredTool, ToolChoiceField
 from server.tool_format import Tool
 
@@ -20,6 +21,8 @@ MAX_STOP_CHARS = 1000
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROB_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 1000
 MAX_MESSAGES = 10_000
 MAX_CACHE_SALT_CHARS = 128
 MAX_CALLS = 1024
@@ -141,6 +144,7 @@ LogitBias = Annotated[
 TokensToKeep = Annotated[int, Field(ge=-1, lt=2**63), AfterValidator(_not_zero)]
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 """Only the first mistake is noted: noting each of a million takes seconds, in which nothing else is served."""
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 
 
 class WireModel(BaseModel):
@@ -236,6 +240,27 @@ class GenerationFields(WireModel):
         None, ge=0, description="No stop token is sampled before so many tokens. Default: 0."
     )
     ignore_eos: bool | None = Field(None, description="Go on after the model's own end tokens. Default: false.")
+    allowed_token_ids: TokenIds | None = Field(
+        None, min_length=1, description="The only token ids that are sampled; end tokens count. Default: all."
+    )
+    bad_words: Annotated[list[BadWord], Field(fail_fast=True, max_length=MAX_BAD_WORDS)] | None = Field(
+        None, description="Texts that are not generated, alone or behind a space. Default: none."
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="The form of the output, as OpenAI has it. Default: text."
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="The form of the output, as vLLM has it. Default: none."
+    )
+    guided_json: dict[str, Any] | str | None = Field(
+        None, description="As `structured_outputs.json`. Default: none."
+    )
+    guided_regex: str | None = Field(None, description="As `structured_outputs.regex`. Default: none.")
+    guided_choice: Choices | None = Field(None, description="As `structured_outputs.choice`. Default: none.")
+    guided_grammar: str | None = Field(None, description="As `structured_outputs.grammar`. Default: none.")
+    guided_json_object: bool | None = Field(
+        None, description="As `structured_outputs.json_object`. Default: false."
+    )
     n: int | None = Field(None, ge=1, le=MAX_N, description="Choices for each prompt. Default: 1.")
     stream: bool | None = Field(None, description="Answer with server-sent events. Default: false.")
     stream_options: StreamOptions | None = Field(
@@ -317,7 +342,7 @@ class Message(WireModel):
 
 
 class FunctionDefinition(WireModel):
-    name: str = Field(description="1 to 64 letters, digits, underscores and dashes.")
+    name: str = Field(description="1 to 128 letters, digits, underscores and dashes.")
     description: str | None = None
     parameters: dict[str, Any] | None = Field(
         None, description="The JSON schema of the arguments. Default: there are none."

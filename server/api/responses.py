@@ -14,7 +14,6 @@ from msgspec import UNSET, Struct, UnsetType
 from starlette.responses import Response
 
 from server import __version__
-from server.errors import ApiError
 from server.frontend.generation import UsageCounts
 
 SYSTEM_FINGERPRINT = f"gemma-server-{__version__}"
@@ -28,10 +27,6 @@ def encode(body: object) -> bytes:
 
 def json_response(body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(encode(body), status, headers, media_type="application/json")
-
-
-def error_response(error: ApiError) -> Response:
-    return json_response(error.body(), status=error.status, headers=error.headers)
 
 
 class Head(Struct, frozen=True):

@@ -15,7 +15,7 @@ from server.api import ignored_fields
 from server.api.body import read_object, validate
 from server.api.protocol import GenerationFields, StreamOptions
 from server.api.responses import Usage, json_response
-from server.api.sse import GenerationStream
+from server.api.sse import CHUNKS, EventFormat, GenerationStream
 from server.errors import EngineUnavailableError, ModelLoadingError, ModelNotFoundError, shown
 from server.frontend.admission import Admission
 from server.frontend.generation import ChoiceRequest, Generation
@@ -103,11 +103,21 @@ class ChunkUsage:
 
 
 def stream(
-    request: Request, generation: Generation, chunks: AsyncGenerator[object, None], headers: dict[str, str]
+    request: Request,
+    generation: Generation,
+    chunks: AsyncGenerator[object, None],
+    headers: dict[str, str],
+    form: EventFormat = CHUNKS,
 ) -> Response:
     runtime = runtime_of(request)
     return GenerationStream(
-        request, generation, chunks, config=runtime.config, metrics=runtime.metrics.http, headers=headers
+        request,
+        generation,
+        chunks,
+        config=runtime.config,
+        metrics=runtime.metrics.http,
+        headers=headers,
+        form=form,
     )
 
 

@@ -1,15 +1,17 @@
 """Streams of server-sent events.
 
-What a client sees: `data: {chunk}` events, comments (`: ping`) when nothing else is to say, and `data: [DONE]`
-at the end. If generation fails after the stream began, the last event before `[DONE]` is
-`data: {"error": {...}}`, which OpenAI's libraries raise as an exception.
+What a client of OpenAI's older routes sees (CHUNKS): `data: {chunk}` events, comments (`: ping`) when nothing
+else is to say, and `data: [DONE]` at the end. If generation fails after the stream began, the last event before
+`[DONE]` is `data: {"error": {...}}`, which OpenAI's libraries raise as an exception. Other routes have events
+with names, and say the same in their own way.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
@@ -29,7 +31,36 @@ logging.getLogger("sse_starlette").setLevel(logging.INFO)
 SEND_TIMEOUT_SECONDS = 60.0
 """A client that reads nothing for so long has left."""
 
-DONE = b"data: [DONE]\n\n"
+
+@dataclass(frozen=True, slots=True)
+class EventFormat:
+    """How a route writes its stream."""
+
+    event: Callable[[object], bytes]
+    error: Callable[[ApiError], bytes]
+    end: bytes
+    """What follows the last event."""
+    ping: Callable[[], ServerSentEvent]
+
+
+def comment_ping() -> ServerSentEvent:
+    return ServerSentEvent(comment="ping", sep="\n")
+
+
+def _chunk(chunk: object) -> bytes:
+    return b"data: " + encode(chunk) + b"\n\n"
+
+
+CHUNKS = EventFormat(
+    event=_chunk,
+    error=lambda error: _chunk(error.body()),
+    end=b"data: [DONE]\n\n",
+    ping=comment_ping,
+)
+
+
+def named_event(name: str, body: object) -> bytes:
+    return b"event: " + name.encode() + b"\ndata: " + encode(body) + b"\n\n"
 
 
 class GenerationStream(EventSourceResponse):
@@ -48,17 +79,19 @@ class GenerationStream(EventSourceResponse):
         config: ServerConfig,
         metrics: HttpMetrics,
         headers: dict[str, str],
+        form: EventFormat = CHUNKS,
     ) -> None:
         self._request = request
         self._generation = generation
         self._metrics = metrics
         self._is_complete = False
+        self._form = form
         self._frames = self._frame(chunks)
         super().__init__(
             self._frames,
             headers={"cache-control": "no-cache", **headers},
             ping=config.sse_keep_alive_interval,
-            ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
+            ping_message_factory=form.ping,
             send_timeout=SEND_TIMEOUT_SECONDS,
             client_close_handler_callable=self._on_close,
             # Without it the library would cut every stream as soon as the server is told to end.
@@ -81,15 +114,16 @@ class GenerationStream(EventSourceResponse):
         try:
             async with aclosing(chunks):
                 async for chunk in chunks:
-                    yield b"data: " + encode(chunk) + b"\n\n"
+                    yield self._form.event(chunk)
         except ApiError as error:
-            yield b"data: " + encode(error.body()) + b"\n\n"
+            yield self._form.error(error)
         except Exception:  # the status is sent: the stream itself must say that it failed
             request_id: str = self._request.state.request_id
             logger.exception("request %s failed while streaming", request_id)
-            yield b"data: " + encode(InternalError(request_id).body()) + b"\n\n"
+            yield self._form.error(InternalError(request_id))
         self._is_complete = True
-        yield DONE
+        if self._form.end:
+            yield self._form.end
 
     async def _on_close(self, message: Message) -> None:
         # The server says "disconnect" after a complete answer, too.

@@ -18,7 +18,7 @@ from server.api.protocol import (
 )
 from server.api.responses import Text, Tokens, json_response
 from server.api.serving import ignored_headers, read_body, runtime_of, served_model
-from server.api.tools import plan_tools
+from server.api.tool_plans import plan_tools
 from server.frontend.admission import check_token_ids
 
 router = APIRouter()
@@ -40,7 +40,7 @@ async def tokenize(request: Request) -> Response:
     headers = ignored_headers(body, strict=runtime.config.strict)
     model = served_model(runtime, body.model)
     if isinstance(body, TokenizeChatRequest):
-        tools, _ = await plan_tools(declared_tools(body.tools), None, is_parallel=True)
+        tools, _ = await plan_tools(declared_tools(body.tools), None, runtime.grammars, is_parallel=True)
         ids = await chat_token_ids(
             chat_messages(body.messages),
             model,

@@ -1,29 +1,14 @@
-"""`tools` and what belongs to it, in every dialect: from the fields of a request to a plan for its turn."""
+"""What a request says about tools, in whatever dialect."""
 
 from __future__ import annotations
 
-import asyncio
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import PlainValidator, WithJsonSchema
 
-from server.errors import InvalidRequestError, shown
-from server.frontend.tool_grammar import (
-    MAX_SCHEMAS_CHARS,
-    SchemaError,
-    ToolPlan,
-    check_parameters,
-    total_schema_chars,
-)
 from server.tool_format import Tool
 
-MAX_TOOLS = 128
-"""OpenAI's limit."""
-
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _MODES = ("none", "auto", "required")
 
 
@@ -93,72 +78,3 @@ ToolChoiceField = Annotated[
         }
     ),
 ]
-
-
-async def plan_tools(
-    declared: Sequence[DeclaredTool], choice: ToolChoice | None, *, is_parallel: bool
-) -> tuple[ToolPlan, list[str]]:
-    """The plan, and the fields that it cannot hold the model to entirely. Raises InvalidRequestError."""
-    if not declared:
-        if choice is not None and choice.mode != "none":
-            raise InvalidRequestError("'tool_choice' needs 'tools'.", param="tool_choice")
-        return ToolPlan(), []
-    loose = await _check(declared)
-    tools = {item.tool.name: item.tool for item in declared}
-    choice = choice or ToolChoice("auto")
-    for name in choice.names or ():
-        if name not in tools:
-            raise InvalidRequestError(
-                f"'tool_choice' names {shown(name)}, which is none of 'tools'.", param="tool_choice"
-            )
-    if choice.mode == "none":
-        return ToolPlan(), loose
-    plan = ToolPlan(
-        tools=tuple(tools.values()),
-        names=frozenset(tools if choice.names is None else choice.names),
-        is_required=choice.mode == "required",
-        is_parallel=is_parallel,
-    )
-    return plan, loose
-
-
-async def _check(declared: Sequence[DeclaredTool]) -> list[str]:
-    """The fields with parts that cannot be enforced. Raises InvalidRequestError for what is no tool."""
-    if len(declared) > MAX_TOOLS:
-        raise InvalidRequestError(
-            f"'tools' must hold at most {MAX_TOOLS} tools, got {len(declared)}.", param="tools"
-        )
-    seen: dict[str, DeclaredTool] = {}
-    for item in declared:
-        name = item.tool.name
-        if not _NAME.fullmatch(name):
-            raise InvalidRequestError(
-                f"'{item.name_param}' must be 1 to 64 letters, digits, '_' and '-', got {shown(name)}.",
-                param=item.name_param,
-            )
-        if name in seen:
-            raise InvalidRequestError(
-                f"'{item.name_param}' is {shown(name)}, as '{seen[name].name_param}' is; names must be unique.",
-                param=item.name_param,
-            )
-        seen[name] = item
-    return await asyncio.to_thread(_check_schemas, declared)
-
-
-def _check_schemas(declared: Sequence[DeclaredTool]) -> list[str]:
-    total = total_schema_chars(item.tool for item in declared)
-    if total > MAX_SCHEMAS_CHARS:
-        raise InvalidRequestError(
-            f"The parameters of 'tools' must be at most {MAX_SCHEMAS_CHARS} characters of JSON, got {total}.",
-            param="tools",
-        )
-    loose = []
-    for item in declared:
-        try:
-            if not check_parameters(item.tool, is_strict=item.is_strict):
-                loose.append(item.parameters_param)
-        except SchemaError as error:
-            raise InvalidRequestError(
-                f"'{item.parameters_param}' {error}.", param=item.parameters_param
-            ) from None
-    return loose

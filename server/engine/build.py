@@ -79,9 +79,7 @@ def build_engine(
         raise StartError(f"cannot load {config.model_path}: {error}") from error
 
 
-def _build(
-    config: EngineConfig, progress: Progress, wake: Callable[[], None]
-) -> tuple[EngineCore, EngineInfo]:
+def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -> tuple[EngineCore, EngineInfo]:
     device = resolve_device(config.device)
     num_threads = config.num_threads or default_num_threads()
     dtype = resolve_dtype(config.dtype)

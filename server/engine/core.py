@@ -17,7 +17,6 @@ from typing import Protocol
 
 from server.batching import NeverFitsError, ScheduledBatch, Scheduler
 from server.engine.grammar.compiler import GrammarCompiler
-from server.engine.grammar.library import GrammarError
 from server.engine.pacing import PrefillPacer
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence
@@ -29,6 +28,7 @@ from server.engine.types import (
     StepStats,
     Vocabulary,
 )
+from server.grammar_library import GrammarError
 
 logger = logging.getLogger(__name__)
 

@@ -27,6 +27,7 @@ from server.engine.types import Abort, Failed, FromEngine, Loading, Ready, Start
 
 logger = logging.getLogger(__name__)
 
+
 class Wake:
     """The core has work that no message of the front brought."""
 

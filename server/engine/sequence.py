@@ -6,8 +6,8 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from server.engine.grammar.library import Matcher
 from server.engine.types import GenerateRequest, PromptTokenLogprob, SamplingParams
+from server.grammar_library import Matcher
 
 
 class SequenceStatus(enum.Enum):

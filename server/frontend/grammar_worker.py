@@ -1,21 +1,22 @@
 """Compiles grammars to see whether they do: `python -m server.frontend.grammar_worker`, a child of the front.
 
-In a process of its own, since a grammar can take minutes, or recurse until the stack is full, which no Python
-code survives. It reads a Vocabulary frame and then grammars, and answers each with a Verdict, until its input
-ends. It imports neither torch nor the HTTP side.
+In a process of its own, since a grammar can take minutes, or recurse until the stack is full, which no process
+survives. It reads a Vocabulary and then Questions, and answers each with a Verdict, until its input ends. It
+imports neither torch nor the HTTP side.
 """
 
 from __future__ import annotations
 
+import enum
 import resource
 import sys
 import threading
-from typing import BinaryIO
+from typing import IO
 
 import msgspec
 
-from server.engine.grammar.library import GrammarError, Vocabulary
 from server.engine.types import Vocabulary as VocabularyMessage
+from server.grammar_library import GrammarError, Vocabulary
 
 LENGTH_BYTES = 4
 _STACK_BYTES = 4 << 20
@@ -23,25 +24,33 @@ _STACK_BYTES = 4 << 20
 _MAX_MEMORY_BYTES = 4 << 30
 
 
+class Syntax(enum.StrEnum):
+    NATIVE = "native"
+    """As SamplingParams.grammar has it."""
+    REGEX = "regex"
+    """For the whole text, as Rust's regex package has them."""
+    GBNF = "gbnf"
+    """llama.cpp's."""
+
+
 class Question(msgspec.Struct, frozen=True):
     text: str
-    is_gbnf: bool = False
-    """Whether the text is to be translated first, from the syntax of llama.cpp's grammars."""
+    syntax: Syntax = Syntax.NATIVE
 
 
 class Verdict(msgspec.Struct, frozen=True):
     grammar: str = ""
-    """What was compiled."""
+    """What was compiled, as SamplingParams.grammar has it."""
     error: str | None = None
 
 
-def write_frame(file: BinaryIO, message: msgspec.Struct) -> None:
+def write_frame(file: IO[bytes], message: msgspec.Struct) -> None:
     payload = msgspec.msgpack.encode(message)
     file.write(len(payload).to_bytes(LENGTH_BYTES, "big") + payload)
     file.flush()
 
 
-def read_frame(file: BinaryIO) -> bytes | None:
+def read_frame(file: IO[bytes]) -> bytes | None:
     """None at the end of the file."""
     header = file.read(LENGTH_BYTES)
     if len(header) < LENGTH_BYTES:
@@ -60,33 +69,40 @@ def main() -> None:
     thread.join()
 
 
-def _serve(questions: BinaryIO, verdicts: BinaryIO) -> None:
+def _serve(questions: IO[bytes], verdicts: IO[bytes]) -> None:
     payload = read_frame(questions)
     if payload is None:
         return
     message = msgspec.msgpack.decode(payload, type=VocabularyMessage)
     vocabulary = Vocabulary(message.lengths, message.pieces, message.eos_token_id)
+    write_frame(verdicts, Verdict())  # ready
     while (payload := read_frame(questions)) is not None:
         write_frame(verdicts, _judge(vocabulary, msgspec.msgpack.decode(payload, type=Question)))
 
 
 def _judge(vocabulary: Vocabulary, question: Question) -> Verdict:
     try:
-        grammar = _from_gbnf(question.text) if question.is_gbnf else question.text
+        grammar = _native(question)
         vocabulary.compile(grammar)
     except GrammarError as error:
         return Verdict(error=str(error))
     return Verdict(grammar)
 
 
-def _from_gbnf(text: str) -> str:
+def _native(question: Question) -> str:
+    # The package's Python half, of which the rest of the server needs nothing.
+    from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
-    try:
-        lark: str = gbnf_to_lark(text)
-    except Exception as error:  # the package names none
-        raise GrammarError(f"it is not in GBNF: {error}") from error
-    return lark
+    match question.syntax:
+        case Syntax.REGEX:
+            return LLMatcher.grammar_from_regex(question.text)
+        case Syntax.GBNF:
+            try:
+                return gbnf_to_lark(question.text)
+            except Exception as error:  # the package names none
+                raise GrammarError(f"it is not in GBNF: {error}") from error
+    return question.text
 
 
 if __name__ == "__main__":

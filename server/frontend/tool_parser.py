@@ -59,10 +59,10 @@ _HEAD_ATOMS = [
     ":",
     _SPACES + "{0,4}",
     '"',
-    r"[A-Za-z0-9_-]{1,64}",
+    r"[A-Za-z0-9_-]{1,128}",
 ]  # CALL_HEAD and a name
 _UNFINISHED = re.compile(rf"(?:\s{{0,16}}`{{1,2}}|{_OPENING}{_nested(_HEAD_ATOMS)})\Z")
-LONGEST_HELD = 16 + (3 + 16 + 8) + (1 + 8) + (1 + 16 + 6 + 4 + 1 + 4 + 1 + 64)
+LONGEST_HELD = 16 + (3 + 16 + 8) + (1 + 8) + (1 + 16 + 6 + 4 + 1 + 4 + 1 + 128)
 """The most that `_UNFINISHED` can match."""
 
 _STRUCTURE = re.compile(r'["\\{}\[\]]')

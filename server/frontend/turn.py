@@ -54,11 +54,13 @@ class Turn:
     """Reads an admitted generation, once."""
 
     def __init__(
-        self, generation: Generation, prompt_token_ids: list[int], tool_names: frozenset[str]
+        self, generation: Generation, prompt_token_ids: list[int], tool_names: frozenset[str], max_tokens: int
     ) -> None:
         """`tool_names`: of the tools that the model may call."""
         self.generation = generation
         self.prompt_token_ids = prompt_token_ids
+        self.max_tokens = max_tokens
+        """Tokens of each choice at most."""
         self._tool_names = tool_names
 
     def usage(self) -> UsageCounts:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 
-from server.engine.grammar.library import CONTROL_MARK
 from server.engine.types import Vocabulary
+from server.grammar_library import CONTROL_MARK
 from server.tokenizer import Tokenizer
 
 

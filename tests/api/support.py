@@ -182,6 +182,7 @@ class ScriptedRuntime(Runtime):
     async def start(self) -> None: ...
 
     async def stop(self) -> None:
+        self.grammars.close()
         await self.client.stop()
 
     def load(self, max_model_len: int = MAX_MODEL_LEN) -> None:

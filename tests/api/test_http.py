@@ -255,6 +255,8 @@ def test_every_path_but_probes_and_metrics_needs_a_key(small: LiveServer) -> Non
                     continue
                 assert response.status_code == 401, path
                 assert response.headers["www-authenticate"] == "Bearer"
+                if path.startswith("/v1/messages"):
+                    continue  # its errors have a shape of their own
                 if method != "HEAD":
                     assert_error(response, 401, code="invalid_api_key")
 

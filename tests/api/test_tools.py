@@ -266,22 +266,15 @@ def function(**fields: Any) -> dict[str, Any]:
         (function(name=""), "tools[0].function.name"),
         (function(name="a b"), "tools[0].function.name"),
         (function(name="a\n"), "tools[0].function.name"),
-        (function(name="a" * 65), "tools[0].function.name"),
+        (function(name="a" * 129), "tools[0].function.name"),
         (function(name='a"b'), "tools[0].function.name"),
         (function(parameters=[]), "tools[0].function.parameters"),
         (function(parameters={"type": "array"}), "tools[0].function.parameters"),
         (function(parameters={"properties": {"a": {"type": "nothing"}}}), "tools[0].function.parameters"),
         (function(parameters={"properties": {"a": {"not": {}}}}, strict=True), "tools[0].function.parameters"),
-        (function(parameters={"description": "a" * 70_000}), "tools[0].function.parameters"),
-        (
-            {
-                "tools": [
-                    function(name=f"f{i}", parameters={"description": "a" * 60_000})["tools"][0]
-                    for i in range(5)
-                ]
-            },
-            "tools",
-        ),
+        (function(parameters={"description": "a" * 300_000}), "tools[0].function.parameters"),
+        (function(parameters={"properties": {"a": {"$ref": "#/$defs/b"}}}), "tools[0].function.parameters"),
+        (function(parameters={"properties": {"a": {"pattern": "("}}}), "tools[0].function.parameters"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"tool_choice": "required", "tools": []}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),

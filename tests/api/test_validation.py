@@ -171,17 +171,44 @@ BAD_COMPLETION_FIELDS = [
     {"continue_final_message": True},
     {"n": 128, "prompt": ["a"] * 9},
 ]
+BAD_FORMS: list[dict[str, Any]] = [
+    {"response_format": "text"},
+    {"response_format": {}},
+    {"response_format": {"type": "grammar"}},
+    {"response_format": {"type": "json_schema"}},
+    {"response_format": {"type": "json_schema", "json_schema": {}}},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": "{}"}}},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": False}}},
+    {"response_format": {"type": "json_object", "schema": {"uniqueItems": True}}},
+    {"structured_outputs": {"regex": "("}},
+    {"structured_outputs": {"regex": "(?<=x)a"}},
+    {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+    {"structured_outputs": {"structural_tag": "{}"}},
+    {"structured_outputs": {"grammar": "root ::= ("}},
+    {"structured_outputs": {"json": "{"}},
+    {"structured_outputs": {"json": '{"type": "foo"}'}},
+    {"structured_outputs": {"json": "[1]"}},
+    {"guided_json": {"$ref": "https://example.com/schema.json"}},
+    {"guided_json": {"type": "string", "format": "unheard-of"}},
+    {"guided_regex": 5},
+    {"guided_choice": []},
+    {"guided_choice": [5]},
+    {"guided_grammar": "start: <unheard-of>"},
+    {"guided_whitespace_pattern": "x"},
+    {"response_format": {"type": "json_object"}, "guided_regex": "a"},
+    {"bad_words": [""]},
+    {"bad_words": "x"},
+    {"bad_words": ["x"] * 129},
+    {"bad_words": ["x" * 1001]},
+    {"allowed_token_ids": []},
+    {"allowed_token_ids": [-1]},
+    {"allowed_token_ids": [VOCAB_SIZE]},
+    {"allowed_token_ids": [True]},
+]
 CHANGES_MEANING = [
     {"tool_choice": "auto"},
     {"functions": [{"name": "f"}]},
-    {"response_format": {"type": "json_object"}},
-    {"response_format": {"type": "json_schema", "json_schema": {}}},
-    {"response_format": "text"},
-    {"structured_outputs": {"regex": "a"}},
-    {"guided_json": {}},
-    {"guided_regex": "a"},
-    {"guided_choice": ["a"]},
-    {"guided_grammar": "a"},
     {"modalities": ["text", "audio"]},
     {"audio": {"voice": "x"}},
     {"prompt_embeds": "AAAA"},
@@ -189,8 +216,6 @@ CHANGES_MEANING = [
     {"chat_template_kwargs": {"tokenize": True}},
     {"lora_path": "../.."},
     {"use_beam_search": True},
-    {"bad_words": ["x"]},
-    {"allowed_token_ids": [1]},
 ]
 CHANGES_NOTHING = {
     "tools": None,
@@ -221,14 +246,14 @@ def check_refused(server: LiveServer, path: str, body: dict[str, Any], fields: d
 
 
 @pytest.mark.parametrize(
-    "fields", BAD_COMMON_FIELDS + BAD_CHAT_FIELDS + CHANGES_MEANING, ids=lambda f: str(f)[:50]
+    "fields", BAD_COMMON_FIELDS + BAD_CHAT_FIELDS + BAD_FORMS + CHANGES_MEANING, ids=lambda f: str(f)[:50]
 )
 def test_a_chat_with_a_bad_field_is_refused_by_name(server: LiveServer, fields: dict[str, Any]) -> None:
     check_refused(server, "/v1/chat/completions", {"messages": USER}, fields)
 
 
 @pytest.mark.parametrize(
-    "fields", BAD_COMMON_FIELDS + BAD_COMPLETION_FIELDS + CHANGES_MEANING, ids=lambda f: str(f)[:50]
+    "fields", BAD_COMMON_FIELDS + BAD_COMPLETION_FIELDS + BAD_FORMS + CHANGES_MEANING, ids=lambda f: str(f)[:50]
 )
 def test_a_completion_with_a_bad_field_is_refused_by_name(server: LiveServer, fields: dict[str, Any]) -> None:
     check_refused(server, "/v1/completions", {"prompt": "hi"}, fields)

@@ -36,8 +36,9 @@ class ServerProcess:
 
     @property
     def engine(self) -> psutil.Process:
-        (child,) = psutil.Process(self.process.pid).children()
-        return child
+        children = psutil.Process(self.process.pid).children()
+        (engine,) = (child for child in children if "server.engine.loop" in child.cmdline())
+        return engine
 
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60.0, **options)

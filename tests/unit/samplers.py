@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from server.engine.sampling import draw, native_sampler, sampler
 from server.engine.sampling.native_sampler import NativeSampler
 from server.engine.sampling.penalties import adjust_logits
 from server.engine.sampling.sampler import Sampler
-from server.engine.sampling.types import SampledToken
+from server.engine.sampling.types import SampledToken, TokenMask
 from server.engine.sequence import Sequence
 from server.engine.types import PromptTokenLogprob
 from tests.unit.native_backends import native_backend
@@ -25,7 +25,9 @@ LEVELS = ("avx2", "avx512")
 
 
 class SamplerUnderTest(Protocol):
-    def sample(self, logits: Tensor, seqs: Seq[Sequence]) -> list[SampledToken]: ...
+    def sample(
+        self, logits: Tensor, seqs: Seq[Sequence], masks: Mapping[int, TokenMask] | None = None
+    ) -> list[SampledToken]: ...
 
     def gather_logprobs(
         self, logits: Tensor, chosen: Seq[int], num_top: Seq[int]
@@ -46,8 +48,10 @@ class _Native:
     def __init__(self, native: NativeSampler) -> None:
         self.native = native
 
-    def sample(self, logits: Tensor, seqs: Seq[Sequence]) -> list[SampledToken]:
-        return self.native.sample(logits.numpy(), seqs)
+    def sample(
+        self, logits: Tensor, seqs: Seq[Sequence], masks: Mapping[int, TokenMask] | None = None
+    ) -> list[SampledToken]:
+        return self.native.sample(logits.numpy(), seqs, masks)
 
     def gather_logprobs(self, logits: Tensor, chosen: Seq[int], num_top: Seq[int]) -> list[PromptTokenLogprob]:
         return self.native.gather_logprobs(logits.numpy(), chosen, num_top)
@@ -100,7 +104,7 @@ def draw_with(patch: pytest.MonkeyPatch, number: float) -> None:
         patch.setattr(module, "uniform", lambda seed, index: number)
 
 
-def allow(ids: Seq[int], vocab_size: int) -> native_sampler.TokenMask:
+def allow(ids: Seq[int], vocab_size: int) -> TokenMask:
     """A mask of these ids."""
     bits = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
     bits[list(ids)] = 1

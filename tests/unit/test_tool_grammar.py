@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher
 
-from server.frontend.tool_grammar import MAX_SCHEMA_CHARS, SchemaError, ToolPlan, check_parameters
+from server.frontend.tool_grammar import ToolPlan, arguments_grammar
 from server.frontend.tool_parser import ArgumentPiece, CallBegun, CallParser, TextPiece
 from server.tool_format import Tool, ToolCall, call_text
 from tests.grammars import BYTES, accepts
@@ -102,11 +102,6 @@ def test_without_parallel_calls_there_is_one_at_most(is_required: bool) -> None:
     assert not accepts(grammar, f"{ONE}\n{OTHER}")
 
 
-def test_without_tools_anything_may_be_written() -> None:
-    assert ToolPlan().grammar() is None
-    assert ToolPlan().declarations == ""
-
-
 def random_text(grammar: str | None, seed: int, limit: int = 3000) -> str | None:
     """A walk over the bytes that the grammar allows, printable ones mostly; None if it is too long."""
     assert grammar is not None
@@ -167,32 +162,27 @@ def assert_valid(name: str, arguments: Any) -> None:
             assert arguments == {}
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"type": "string"},
-        {"type": "object", "properties": 3},
-        {"type": "object", "properties": {"a": {"type": "word"}}},
-        {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}},
-        {"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}},
-        {"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1/schema"}}},
-        {"type": "object", "properties": {"a": False}, "required": ["a"]},
-        {"type": "object", "description": "a" * MAX_SCHEMA_CHARS},
-    ],
-)
-def test_parameters_that_nothing_can_be_held_to_are_refused(parameters: dict[str, Any]) -> None:
-    with pytest.raises(SchemaError) as caught:
-        check_parameters(Tool("f", "", parameters), is_strict=False)
-    assert "\n" not in str(caught.value)
-    assert "start:" not in str(caught.value)
+def test_the_form_of_the_answer_is_the_one_alternative_to_calls() -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+    for answer in (
+        json.dumps({"grammars": [{"json_schema": schema}]}),
+        f"start: a\na: %json {json.dumps(schema)}",
+    ):
+        grammar = plan().grammar(answer)
+        assert accepts(grammar, '{"x": 1}')
+        assert accepts(grammar, ONE)
+        assert accepts(grammar, f"{ONE}\n{OTHER}")
+        for text in ("", "hello", f"x {ONE}", '{"x": "1"}'):
+            assert not accepts(grammar, text)
+        assert not accepts(plan(is_required=True).grammar(answer), '{"x": 1}')
 
 
-def test_a_part_that_cannot_be_enforced_is_told_and_refused_where_strictness_is_asked_for() -> None:
-    tool = Tool("f", "", {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}})
-    assert not check_parameters(tool, is_strict=False)
-    with pytest.raises(SchemaError, match="uniqueItems"):
-        check_parameters(tool, is_strict=True)
-    assert check_parameters(WEATHER, is_strict=True)
+def test_what_no_grammar_can_express_is_left_out_where_that_is_allowed() -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    assert LLMatcher.validate_grammar(arguments_grammar(parameters, is_loose=False))
+    assert accepts(arguments_grammar(parameters, is_loose=True), '{"a": [1, 1]}')
+    assert not accepts(arguments_grammar(parameters, is_loose=True), '{"a": 1}')
+    assert accepts(arguments_grammar(WEATHER.parameters, is_loose=False), '{"city": "Oslo", "unit": "C"}')
 
 
 def test_arguments_may_be_anything_where_the_schema_leaves_them_open() -> None:
@@ -211,7 +201,6 @@ def test_a_schema_cannot_leave_its_place_in_the_grammar() -> None:
         "properties": {'}\nstart: /x/ %json {"': {"enum": ["}\nTEXT: /.*/", "é\u2028"]}},
     }
     tool = Tool("f", '"\n', parameters)
-    assert check_parameters(tool, is_strict=True)
     grammar = ToolPlan((tool,), frozenset({"f"}), is_required=True).grammar()
     assert not accepts(grammar, "x")
     assert accepts(grammar, call_text(ToolCall("", "f", "{}")))

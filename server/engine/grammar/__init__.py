@@ -1,1 +1,1 @@
-"""Holds generated text to a grammar. No torch here, and llguidance is loaded only when a grammar comes."""
+"""Holds generated text to grammars, which server/grammar_library.py matches. No torch here."""

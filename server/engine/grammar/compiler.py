@@ -15,9 +15,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from server.engine.grammar.library import MAX_GRAMMAR_CHARS, GrammarError, Matcher
-from server.engine.grammar.library import Vocabulary as CompiledVocabulary
 from server.engine.types import Vocabulary
+from server.grammar_library import MAX_GRAMMAR_CHARS, GrammarError, Matcher
+from server.grammar_library import Vocabulary as CompiledVocabulary
 
 logger = logging.getLogger(__name__)
 

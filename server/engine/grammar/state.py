@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from server.engine.grammar.library import GrammarError, Matcher
 from server.engine.sampling.types import TokenMask
+from server.grammar_library import GrammarError, Matcher
 
 
 class GrammarState:

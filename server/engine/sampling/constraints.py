@@ -15,10 +15,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from server.batching import ScheduledSequence
-from server.engine.grammar.library import GrammarError
 from server.engine.grammar.state import GrammarState, set_token
 from server.engine.sampling.types import SampledToken, TokenMask
 from server.engine.sequence import Sequence
+from server.grammar_library import GrammarError
 
 _ALL = 0xFFFFFFFF
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from server.engine.types import SamplingParams, TokenLogprob
 
 TokenMask = NDArray[np.uint32]
-"""Which tokens can be sampled: bit i % 32 of word i // 32 for token i, in as many words as the vocabulary takes."""
+"""Which tokens can be sampled: bit i % 32 of word i // 32 for token i, in words for the whole vocabulary."""
 
 LOGPROB_FLOOR = -9999.0
 """Stands for minus infinity, which JSON lacks (vLLM's value)."""

@@ -6,6 +6,8 @@ GIL, in which no stream would advance; ctypes lets go of it. Laws:
 1. The library is loaded by the first `Vocabulary`, and not before.
 2. Whatever a grammar says or does, it is a GrammarError, or the library's limits end it.
 3. A `Vocabulary` serves any number of threads, a `Matcher` one at a time.
+
+The engine matches with it; the front has a child see what compiles.
 """
 
 from __future__ import annotations

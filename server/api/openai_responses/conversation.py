@@ -1,0 +1,124 @@
+"""From a request of the Responses API to what the template renders and a turn is planned with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar
+
+from server.api.formats import ResponseFormat
+from server.api.openai_responses.protocol import LOGPROBS, InputContent, InputItem, ResponsesRequest
+from server.api.tools import DeclaredTool
+from server.chat_template import ChatMessage, join_text_parts
+from server.errors import InvalidRequestError, shown
+from server.tool_format import Tool, ToolCall
+
+Value = TypeVar("Value")
+
+
+def check_stateless(body: ResponsesRequest) -> list[str]:
+    """The fields that have no effect here. Raises InvalidRequestError for those that need a memory."""
+    for name in ("previous_response_id", "conversation"):
+        if getattr(body, name) is not None:
+            raise InvalidRequestError(
+                f"'{name}' cannot be used: responses are not kept. Send the whole conversation as 'input'.",
+                param=name,
+                code="unsupported_parameter",
+            )
+    for name in ("background", "prompt"):
+        if getattr(body, name):
+            raise InvalidRequestError(
+                f"'{name}' is not supported: this server keeps nothing between requests.",
+                param=name,
+                code="unsupported_parameter",
+            )
+    without_effect = {
+        "store": body.store,
+        "truncation": body.truncation == "auto",
+        "include": any(wanted != LOGPROBS for wanted in body.include or ()),
+    }
+    return [name for name, is_set in without_effect.items() if is_set]
+
+
+def conversation(body: ResponsesRequest) -> list[ChatMessage]:
+    """Raises InvalidRequestError."""
+    messages = [ChatMessage("system", body.instructions)] if body.instructions else []
+    if isinstance(body.input, str):
+        return [*messages, ChatMessage("user", body.input)]
+    called: set[str] = set()
+    for index, item in enumerate(body.input):
+        param = f"input[{index}]"
+        match item.type:
+            case "message":
+                role = _needed(item.role, f"{param}.role")
+                messages.append(ChatMessage(role, _text(_needed(item.content, f"{param}.content"))))
+            case "function_call":
+                call = _call(item, param)
+                called.add(call.id)
+                _append_call(messages, call, param)
+            case "function_call_output":
+                call_id = _needed(item.call_id, f"{param}.call_id")
+                if call_id not in called:
+                    raise InvalidRequestError(
+                        f"'{param}.call_id' is {shown(call_id)}, but no item before it is a function_call "
+                        "of that call_id; send it, too.",
+                        param=f"{param}.call_id",
+                    )
+                text = _text(_needed(item.output, f"{param}.output"))
+                messages.append(ChatMessage("tool", text, call_id=call_id))
+    return messages
+
+
+def declared_tools(body: ResponsesRequest) -> list[DeclaredTool]:
+    return [
+        DeclaredTool(
+            Tool(tool.name, tool.description or "", tool.parameters or {}),
+            is_strict=bool(tool.strict),
+            name_param=f"tools[{index}].name",
+            parameters_param=f"tools[{index}].parameters",
+        )
+        for index, tool in enumerate(body.tools or ())
+    ]
+
+
+def response_format(body: ResponsesRequest) -> ResponseFormat | None:
+    """`text.format` as chat completions call it. Raises InvalidRequestError."""
+    wanted = body.text.format if body.text is not None else None
+    if wanted is None:
+        return None
+    if wanted.type != "json_schema":
+        return ResponseFormat(type=wanted.type)
+    schema = _needed(wanted.json_schema, "text.format.schema")
+    return ResponseFormat.model_validate({"type": "json_schema", "json_schema": {"schema": schema}})
+
+
+def _call(item: InputItem, param: str) -> ToolCall:
+    return ToolCall(
+        _needed(item.call_id, f"{param}.call_id"),
+        _needed(item.name, f"{param}.name"),
+        _needed(item.arguments, f"{param}.arguments"),
+    )
+
+
+def _append_call(messages: list[ChatMessage], call: ToolCall, param: str) -> None:
+    """Calls that follow one another, or a message of the assistant, are of one turn."""
+    last = messages[-1] if messages and messages[-1].role == "assistant" else None
+    if last is None:
+        messages.append(ChatMessage("assistant", "", (call,)))
+        return
+    if any(call.id == other.id for other in last.calls):
+        raise InvalidRequestError(
+            f"'{param}.call_id' is {shown(call.id)}, as that of a call before it; ids must be unique.",
+            param=f"{param}.call_id",
+        )
+    messages[-1] = dataclasses.replace(last, calls=(*last.calls, call))
+
+
+def _text(content: str | Sequence[InputContent]) -> str:
+    return content if isinstance(content, str) else join_text_parts(part.text for part in content)
+
+
+def _needed(value: Value | None, param: str) -> Value:
+    if value is None:
+        raise InvalidRequestError(f"'{param}' is required.", param=param, code="missing_required_parameter")
+    return value
