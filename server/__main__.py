@@ -43,8 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def serve(arguments: Sequence[str]) -> int:
+    # Not imported above: `--help` and `version` answer at once.
+    from server.moderation import load_policies
+
     try:
         config = load_config(arguments)
+        policies = load_policies(config.moderation_policies)
         store = None if config.data_dir is None else _open_store(config)
     except OptionError as error:
         print(f"gemma-server: {error}", file=sys.stderr)
@@ -68,7 +72,7 @@ def serve(arguments: Sequence[str]) -> int:
 
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(runtime, store),
+            create_app(runtime, store, policies),
             host=config.host,
             port=config.port,
             # Bounds the headers, and takes the body of a request that offers to upgrade, as Java's client does;

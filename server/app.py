@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -16,8 +16,10 @@ from server.api import (
     files,
     health,
     models,
+    moderations,
     openapi,
     prometheus,
+    render,
     tokenize,
 )
 from server.api.dispatch import RouteRequests
@@ -26,15 +28,19 @@ from server.batches.lines import LINE_OVERHEAD_BYTES
 from server.batches.runner import BatchRunner
 from server.batches.store import Store
 from server.frontend.admission import Admission
+from server.moderation import BUILT_IN_POLICIES, Policy
 from server.runtime import Runtime
 
-ANSWERING = (chat, completions)
+ANSWERING = (chat, completions, moderations)
 """What the lines of a batch may ask for, too."""
-OTHERS = (models, tokenize, files, batches, health, prometheus)
+OTHERS = (models, tokenize, render, files, batches, health, prometheus)
 
 
-def create_app(runtime: Runtime, store: Store | None = None) -> FastAPI:
-    """Without a `store`, files and batches are off. It is closed with the application."""
+def create_app(
+    runtime: Runtime, store: Store | None = None, policies: Sequence[Policy] = BUILT_IN_POLICIES
+) -> FastAPI:
+    """`policies` are those of moderations. Without a `store`, files and batches are off; it is closed with the
+    application."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -58,6 +64,7 @@ def create_app(runtime: Runtime, store: Store | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.runtime = runtime
+    app.state.policies = policies
     app.state.admission = Admission(runtime.config.max_queued_requests)
     # The last one added is the outermost.
     app.add_middleware(ApiKeyMiddleware, api_keys=runtime.config.api_key)

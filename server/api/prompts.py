@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from server.api.protocol import GenerationFields, Message
-from server.chat_template import ChatMessage, ChatTemplateError, render_chat
+from server.chat_template import ChatMessage, ChatTemplateError, RenderedChat, render_chat
 from server.errors import InvalidRequestError
 from server.frontend.admission import check_text_length
 from server.frontend.served_model import ServedModel
@@ -19,6 +20,13 @@ INLINE_CHARS = 4000
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    token_ids: list[int]
+    notes: tuple[str, ...]
+    """What was folded or merged, in sentences for people."""
+
+
 async def chat_token_ids(
     messages: Sequence[Message],
     model: ServedModel,
@@ -26,6 +34,23 @@ async def chat_token_ids(
     add_generation_prompt: bool | None,
     continue_final_message: bool | None,
 ) -> list[int]:
+    """As `chat_prompt`, without the notes."""
+    prompt = await chat_prompt(
+        messages,
+        model,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+    )
+    return prompt.token_ids
+
+
+async def chat_prompt(
+    messages: Sequence[Message],
+    model: ServedModel,
+    *,
+    add_generation_prompt: bool | None,
+    continue_final_message: bool | None,
+) -> ChatPrompt:
     """The rendered conversation. Raises InvalidRequestError."""
     if add_generation_prompt and continue_final_message:
         raise InvalidRequestError(
@@ -39,10 +64,18 @@ async def chat_token_ids(
     num_chars = sum(len(message.text) for message in chat)
     check_text_length(num_chars, model.info.max_model_len, "messages")
 
-    def render() -> list[int]:
-        return render_chat(chat, model.tokenizer, begins, continues).token_ids(model.tokenizer)
+    def render() -> ChatPrompt:
+        rendered = render_chat(chat, model.tokenizer, begins, continues)
+        return ChatPrompt(rendered.token_ids(model.tokenizer), rendered.notes)
 
     return await _run(render, num_chars, "messages")
+
+
+async def rendered_token_ids(chats: Sequence[RenderedChat], model: ServedModel, param: str) -> list[list[int]]:
+    """The ids of what was rendered. Raises InvalidRequestError."""
+    lengths = [len(chat.text) for chat in chats]
+    check_text_length(max(lengths, default=0), model.info.max_model_len, param)
+    return await _run(lambda: [chat.token_ids(model.tokenizer) for chat in chats], sum(lengths), param)
 
 
 async def prompt_token_ids(
