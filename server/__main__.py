@@ -24,6 +24,7 @@ usage: gemma-server COMMAND [options]
 
 commands:
   serve      serve a Gemma model over the OpenAI API
+  run-batch  answer the requests in a file, without a server
   version    print the version
 
 `gemma-server COMMAND --help` lists a command's options."""
@@ -112,7 +113,17 @@ def version(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "version": version}
+def run_batch(arguments: Sequence[str]) -> int:
+    from server.run_batch import run_batch
+
+    return run_batch(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": serve,
+    "run-batch": run_batch,
+    "version": version,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

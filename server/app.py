@@ -31,9 +31,17 @@ from server.frontend.admission import Admission
 from server.moderation import BUILT_IN_POLICIES, Policy
 from server.runtime import Runtime
 
-ANSWERING = (chat, completions, moderations)
+BATCH_ROUTERS = (chat.router, completions.router, moderations.router)
 """What the lines of a batch may ask for, too."""
-OTHERS = (models, tokenize, render, files, batches, health, prometheus)
+OTHER_ROUTERS = (
+    models.router,
+    tokenize.router,
+    render.router,
+    files.router,
+    batches.router,
+    health.router,
+    prometheus.router,
+)
 
 
 def create_app(
@@ -74,9 +82,9 @@ def create_app(
         access_log=not runtime.config.disable_access_log,
     )
     error_handlers.install(app)
-    for part in (*ANSWERING, *OTHERS):
-        app.include_router(part.router)
-    app.state.requests = RouteRequests(app, runtime, [part.router for part in ANSWERING])
+    for router in (*BATCH_ROUTERS, *OTHER_ROUTERS):
+        app.include_router(router)
+    app.state.requests = RouteRequests(app, runtime, BATCH_ROUTERS)
     app.state.batches = None if store is None else _runner(store, app.state.requests, runtime)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     return app
