@@ -24,6 +24,7 @@ usage: gemma-server COMMAND [options]
 
 commands:
   serve      serve a Gemma model over the OpenAI API
+  run-batch  answer the requests in a file, without a server
   version    print the version
 
 `gemma-server COMMAND --help` lists a command's options."""
@@ -43,8 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def serve(arguments: Sequence[str]) -> int:
+    # Not imported above: `--help` and `version` answer at once.
+    from server.moderation import load_policies
+
     try:
         config = load_config(arguments)
+        policies = load_policies(config.moderation_policies)
         store = None if config.data_dir is None else _open_store(config)
     except OptionError as error:
         print(f"gemma-server: {error}", file=sys.stderr)
@@ -68,7 +73,7 @@ def serve(arguments: Sequence[str]) -> int:
 
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(runtime, store),
+            create_app(runtime, store, policies),
             host=config.host,
             port=config.port,
             # Bounds the headers, and takes the body of a request that offers to upgrade, as Java's client does;
@@ -108,7 +113,17 @@ def version(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "version": version}
+def run_batch(arguments: Sequence[str]) -> int:
+    from server.run_batch import run_batch
+
+    return run_batch(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": serve,
+    "run-batch": run_batch,
+    "version": version,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

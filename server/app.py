@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -16,8 +16,10 @@ from server.api import (
     files,
     health,
     models,
+    moderations,
     openapi,
     prometheus,
+    render,
     tokenize,
 )
 from server.api.anthropic import routes as anthropic
@@ -28,15 +30,28 @@ from server.batches.lines import LINE_OVERHEAD_BYTES
 from server.batches.runner import BatchRunner
 from server.batches.store import Store
 from server.frontend.admission import Admission
+from server.moderation import BUILT_IN_POLICIES, Policy
 from server.runtime import Runtime
 
-ANSWERING = (chat, completions, openai_responses)
+BATCH_ROUTERS = (chat.router, completions.router, openai_responses.router, moderations.router)
 """What the lines of a batch may ask for, too."""
-OTHERS = (anthropic, models, tokenize, files, batches, health, prometheus)
+OTHER_ROUTERS = (
+    anthropic.router,
+    models.router,
+    tokenize.router,
+    render.router,
+    files.router,
+    batches.router,
+    health.router,
+    prometheus.router,
+)
 
 
-def create_app(runtime: Runtime, store: Store | None = None) -> FastAPI:
-    """Without a `store`, files and batches are off. It is closed with the application."""
+def create_app(
+    runtime: Runtime, store: Store | None = None, policies: Sequence[Policy] = BUILT_IN_POLICIES
+) -> FastAPI:
+    """`policies` are those of moderations. Without a `store`, files and batches are off; it is closed with the
+    application."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -60,6 +75,7 @@ def create_app(runtime: Runtime, store: Store | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.runtime = runtime
+    app.state.policies = policies
     app.state.admission = Admission(runtime.config.max_queued_requests)
     # The last one added is the outermost.
     app.add_middleware(ApiKeyMiddleware, api_keys=runtime.config.api_key)
@@ -69,9 +85,9 @@ def create_app(runtime: Runtime, store: Store | None = None) -> FastAPI:
         access_log=not runtime.config.disable_access_log,
     )
     error_handlers.install(app)
-    for part in (*ANSWERING, *OTHERS):
-        app.include_router(part.router)
-    app.state.requests = RouteRequests(app, runtime, [part.router for part in ANSWERING])
+    for router in (*BATCH_ROUTERS, *OTHER_ROUTERS):
+        app.include_router(router)
+    app.state.requests = RouteRequests(app, runtime, BATCH_ROUTERS)
     app.state.batches = None if store is None else _runner(store, app.state.requests, runtime)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     return app

@@ -149,6 +149,11 @@ class ServerConfig(BaseModel):
     max_stored_bytes: int = Field(
         10 << 30, ge=1, description="Most bytes of files and results that are kept, of all API keys together."
     )
+    moderation_policies: Path | None = Field(
+        None,
+        description="JSON or YAML file with the policies of /v1/moderations: a list of objects with `name`, "
+        "`guideline` and `threshold` (0.5 if not given). ShieldGemma's four if not given.",
+    )
     strict: bool = Field(
         False,
         description="Refuse body fields that would be ignored with 400, instead of naming them in a header.",

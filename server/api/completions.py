@@ -56,7 +56,7 @@ async def create_completion(request: Request) -> Response:
     # What was written to fill a middle begins another file, or another middle, where it should end.
     more_stops = model.tokenizer.fim_ids.values() if body.suffix else ()
     choices = []
-    for index, token_ids in enumerate(await _prompts(body, model)):
+    for index, token_ids in enumerate(await prompts_of(body, model)):
         max_tokens = resolve_max_tokens(
             len(token_ids),
             body.max_tokens,
@@ -99,7 +99,8 @@ def _check_combinations(body: CompletionRequest) -> None:
             raise InvalidRequestError(f"'suffix' cannot be combined with '{other}'.", param="suffix")
 
 
-async def _prompts(body: CompletionRequest, model: ServedModel) -> list[list[int]]:
+async def prompts_of(body: CompletionRequest, model: ServedModel) -> list[list[int]]:
+    """What the model reads for each prompt. Raises InvalidRequestError."""
     add_bos = body.add_special_tokens is not False
     if body.suffix:
         return await infill_token_ids(body.prompt, body.suffix, model, add_bos=add_bos)

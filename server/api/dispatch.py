@@ -46,12 +46,7 @@ class RouteRequests:
         self._answering = ExceptionMiddleware(
             AsyncExitStackMiddleware(app.router), handlers=app.exception_handlers
         )
-        self.urls = frozenset(
-            route.path
-            for router in routers
-            for route in router.routes
-            if isinstance(route, APIRoute) and "POST" in (route.methods or ()) and "{" not in route.path
-        )
+        self.urls = post_paths(routers)
 
     def model_names(self) -> Collection[str] | None:
         return self._runtime.model.names if self._runtime.model is not None else None
@@ -99,6 +94,16 @@ class RouteRequests:
             request_id,
             collector.headers.get(HEADER.encode(), b"").decode("latin-1"),
         )
+
+
+def post_paths(routers: Iterable[APIRouter]) -> frozenset[str]:
+    """The fixed paths that they answer a POST at."""
+    return frozenset(
+        route.path
+        for router in routers
+        for route in router.routes
+        if isinstance(route, APIRoute) and "POST" in (route.methods or ()) and "{" not in route.path
+    )
 
 
 class _Collector:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from server.api.protocol import GenerationFields
-from server.chat_template import ChatMessage, ChatTemplateError, render_chat
+from server.chat_template import ChatMessage, ChatTemplateError, RenderedChat, render_chat
 from server.errors import InvalidRequestError
 from server.frontend.admission import check_text_length
 from server.frontend.served_model import ServedModel
@@ -19,6 +20,13 @@ INLINE_CHARS = 4000
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    token_ids: list[int]
+    notes: tuple[str, ...]
+    """What was folded or merged, in sentences for people."""
+
+
 async def chat_token_ids(
     messages: Sequence[ChatMessage],
     model: ServedModel,
@@ -28,6 +36,27 @@ async def chat_token_ids(
     continue_final_message: bool | None = None,
     param: str = "messages",
 ) -> list[int]:
+    """As `chat_prompt`, without the notes."""
+    prompt = await chat_prompt(
+        messages,
+        model,
+        declarations=declarations,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        param=param,
+    )
+    return prompt.token_ids
+
+
+async def chat_prompt(
+    messages: Sequence[ChatMessage],
+    model: ServedModel,
+    *,
+    declarations: str = "",
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | None = None,
+    param: str = "messages",
+) -> ChatPrompt:
     """The rendered conversation. `param` is what the request calls it. Raises InvalidRequestError."""
     if add_generation_prompt and continue_final_message:
         raise InvalidRequestError(
@@ -43,11 +72,18 @@ async def chat_token_ids(
     )
     check_text_length(num_chars, model.info.max_model_len, param)
 
-    def render() -> list[int]:
-        chat = render_chat(messages, model.tokenizer, begins, continues, declarations)
-        return chat.token_ids(model.tokenizer)
+    def render() -> ChatPrompt:
+        rendered = render_chat(messages, model.tokenizer, begins, continues, declarations)
+        return ChatPrompt(rendered.token_ids(model.tokenizer), rendered.notes)
 
     return await _run(render, num_chars, param)
+
+
+async def rendered_token_ids(chats: Sequence[RenderedChat], model: ServedModel, param: str) -> list[list[int]]:
+    """The ids of what was rendered. Raises InvalidRequestError."""
+    lengths = [len(chat.text) for chat in chats]
+    check_text_length(max(lengths, default=0), model.info.max_model_len, param)
+    return await _run(lambda: [chat.token_ids(model.tokenizer) for chat in chats], sum(lengths), param)
 
 
 async def prompt_token_ids(

@@ -1,4 +1,4 @@
-"""POST /tokenize, POST /detokenize, as vLLM has them."""
+"""POST /tokenize, POST /detokenize, as vLLM has them, and also under /v1, as SGLang has them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from server.frontend.admission import check_token_ids
 
 router = APIRouter()
 
+_TOKENIZE = "The token ids of a text or a conversation"
+_TOKENIZE_BODY = body_of(TokenizeCompletionRequest, TokenizeChatRequest, answer=Tokens)
+_DETOKENIZE = "The text of token ids"
+_DETOKENIZE_BODY = body_of(DetokenizeRequest, answer=Text)
 
-@router.post(
-    "/tokenize",
-    summary="The token ids of a text or a conversation",
-    openapi_extra=body_of(TokenizeCompletionRequest, TokenizeChatRequest, answer=Tokens),
-)
+
+@router.post("/tokenize", summary=_TOKENIZE, openapi_extra=_TOKENIZE_BODY)
+@router.post("/v1/tokenize", summary=_TOKENIZE, openapi_extra=_TOKENIZE_BODY)
 async def tokenize(request: Request) -> Response:
     runtime = runtime_of(request)
     value = await read_object(request, runtime.config.max_body_bytes)
@@ -54,9 +56,8 @@ async def tokenize(request: Request) -> Response:
     return json_response(Tokens(len(ids), model.info.max_model_len, ids, strings), headers=headers)
 
 
-@router.post(
-    "/detokenize", summary="The text of token ids", openapi_extra=body_of(DetokenizeRequest, answer=Text)
-)
+@router.post("/detokenize", summary=_DETOKENIZE, openapi_extra=_DETOKENIZE_BODY)
+@router.post("/v1/detokenize", summary=_DETOKENIZE, openapi_extra=_DETOKENIZE_BODY)
 async def detokenize(request: Request) -> Response:
     body, headers = await read_body(request, DetokenizeRequest)
     model = served_model(runtime_of(request), body.model)

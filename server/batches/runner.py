@@ -17,7 +17,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Collection, Iterator
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing, suppress
 from itertools import islice
 from pathlib import Path
@@ -50,6 +50,8 @@ SWEEP_SECONDS = 600.0
 """Between two looks for files whose time is over."""
 LINES_AT_ONCE = 16
 """Read in one visit to a thread."""
+NO_LIMIT = 1 << 62
+"""Bytes."""
 RESULTS_AT_ONCE = 500
 """Written in one transaction."""
 
@@ -281,13 +283,14 @@ class BatchRunner:
     async def _unanswered(self, batch: Batch) -> AsyncGenerator[Line, None]:
         answered = await self.store.batches.answered(batch.id)
         with await asyncio.to_thread(self._input(batch).open, "rb") as file:
-            lines = self._parsed(read_lines(file, self._max_line_bytes), answered)
+            lines = (
+                parse_line(number, raw)
+                for number, raw in read_lines(file, NO_LIMIT)  # which `_validate` has held them to
+                if number not in answered
+            )
             while some := await asyncio.to_thread(lambda: list(islice(lines, LINES_AT_ONCE))):
                 for line in some:
                     yield line
-
-    def _parsed(self, raw_lines: Iterator[tuple[int, bytes]], answered: Collection[int]) -> Iterator[Line]:
-        return (parse_line(number, raw) for number, raw in raw_lines if number not in answered)
 
     def _input(self, batch: Batch) -> Path:
         return self.store.files.path(batch.input_file_id)
