@@ -1,7 +1,7 @@
 """Cases, and how one is run.
 
-A case is an async function whose name is a sentence. It returns where the server behaves, and raises `Failed` or
-`NotOffered` where it does not. Whatever else happens in it is the server's fault, too: an answer without
+A case is an async function whose name is a sentence. It returns where the server behaves, and raises `Failed`
+or `NotOffered` where it does not. Whatever else happens in it is the server's fault, too: an answer without
 `choices` is a KeyError here, a closed connection a TransportError.
 """
 
@@ -57,7 +57,7 @@ class Group:
         """Decorator: the function below is the case `group.name`."""
 
         def add(check: Check) -> Check:
-            sentence = check.__name__.replace("_", " ")  # type: ignore[attr-defined]
+            sentence = check.__name__.replace("_s_", "'s_").replace("_", " ")  # type: ignore[attr-defined]
             self.cases.append(Case(f"{self.name}.{name}", check, sentence))
             return check
 

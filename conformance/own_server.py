@@ -19,11 +19,15 @@ async def own_server() -> AsyncIterator[Target]:
     """A server on a free port, with a key, for as long as the block lasts. Raises RuntimeError."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--api-key", API_KEY]
-    process = subprocess.Popen([*command, "--disable-access-log", "--log-level", "warning"])
+    process = _start(port)
     try:
         await wait_until_ready(url, process, START_SECONDS)
         yield Target(url, api_key=API_KEY, started_with="gemma-server serve")
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def _start(port: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--api-key", API_KEY]
+    return subprocess.Popen([*command, "--disable-access-log", "--log-level", "warning"])

@@ -15,12 +15,12 @@ from conformance.outcome import FAIL, NOT_OFFERED, PASS
 from conformance.suite import Report
 
 PAGE = Path(__file__).parent.parent / "docs" / "conformance.md"
-_MARKS = {PASS: "✓", FAIL: "**✗**", NOT_OFFERED: "–"}
+_MARKS = {PASS: "✓", FAIL: "**✗**", NOT_OFFERED: "-"}
 _INTRODUCTION = """\
 # Conformance
 
 One case for each thing that a client of OpenAI's API relies on, asked of each server over plain HTTP: ✓ it does
-it, ✗ it does something else, – it says clearly that it does not offer it (a 404, a refusal that names the
+it, ✗ it does something else, - it says clearly that it does not offer it (a 404, a refusal that names the
 field) or, where the field is no part of OpenAI's API, shows no effect. The cases are in `conformance/cases/`,
 and were written from OpenAI's reference, not from any server. The page is written by `conformance/page.py` from
 the results of `make conformance` and `make conformance-peers`.
@@ -48,7 +48,7 @@ def page(reports: Sequence[Report]) -> str:
 
 
 def _systems(reports: Sequence[Report]) -> str:
-    lines = [_row(["", "model", "date", "✓", "✗", "–", "started with"]), _row(["---"] * 7)]
+    lines = [_row(["", "model", "date", "✓", "✗", "-", "started with"]), _row(["---"] * 7)]
     for report in reports:
         counts = [str(report.counts()[outcome]) for outcome in (PASS, FAIL, NOT_OFFERED)]
         name = f"{report.system} {report.version}"

@@ -1,4 +1,4 @@
-"""A validator of the part of JSON Schema that the cases use. Independent of what any server enforces it with."""
+"""A validator of the part of JSON Schema that the cases use, independent of what a server enforces it with."""
 
 from __future__ import annotations
 

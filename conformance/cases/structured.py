@@ -148,23 +148,32 @@ async def a_schema_binds_its_own_request_alone(server: Server) -> None:
     expect_equal(text_of(together[-1]), plain, "the free text in company")
 
 
+async def _offered(server: Server) -> None:
+    """Lest a refusal of all formats count as one of a mistake in them."""
+    await server.chat("Give me JSON.", response_format=obeying(FLAG), max_tokens=1)
+
+
 @case("unknown-type")
 async def an_unknown_type_of_format_is_refused(server: Server) -> None:
+    await _offered(server)
     await server.refuses_chat(response_format={"type": "yaml"})
 
 
 @case("missing-schema")
 async def a_format_without_its_schema_is_refused(server: Server) -> None:
+    await _offered(server)
     await server.refuses_chat(response_format={"type": "json_schema"})
 
 
 @case("bad-schema")
 async def a_schema_that_is_none_is_refused(server: Server) -> None:
+    await _offered(server)
     await server.refuses_chat(response_format=obeying({"type": "no such type"}))
 
 
 @case("bad-format")
 async def a_format_that_is_a_string_is_refused(server: Server) -> None:
+    await _offered(server)
     await server.refuses_chat(response_format="json")
 
 

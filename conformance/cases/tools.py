@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from conformance.case import Group
-from conformance.client import Json, Server, Stream, parse, text_of
 from conformance.cases.structured import COLOUR, an_object
+from conformance.client import Json, Server, Stream, parse, text_of
 from conformance.outcome import NotOffered, expect, expect_equal, expect_keys, fail
 from conformance.schema import violation
 

@@ -148,7 +148,7 @@ class GenerationFields(WireModel):
 
     model: str | None = Field(None, description="A name of the served model; the one there is if not given.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy. Default: 1.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Default: 1.")
+    top_p: float | None = Field(None, ge=0, le=1, description="0 is greedy. Default: 1.")
     top_k: int | None = Field(None, ge=-1, description="-1 and 0 mean off. Default: off.")
     min_p: float | None = Field(None, ge=0, le=1, description="Default: 0.")
     seed: int | None = Field(
