@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -57,6 +58,7 @@ class Stream:
     @property
     def chunks(self) -> list[Json]:
         """The JSON of every event but [DONE]."""
+        expect(self.data, "the stream has no event")
         return [parse(data.encode()) for data in self.data if data != "[DONE]"]
 
     def choices(self, index: int = 0) -> list[Json]:
@@ -130,10 +132,10 @@ class Server:
         return {"model": self.model, "prompt": prompt, "max_tokens": 16, "temperature": 0} | fields
 
     async def chat(self, content: Json = COUNTING, **fields: Json) -> Json:
-        return await self.answered("/v1/chat/completions", self.chat_body(content, **fields))
+        return with_choices(await self.answered("/v1/chat/completions", self.chat_body(content, **fields)))
 
     async def complete(self, prompt: Json = COUNTING, **fields: Json) -> Json:
-        return await self.answered("/v1/completions", self.completion_body(prompt, **fields))
+        return with_choices(await self.answered("/v1/completions", self.completion_body(prompt, **fields)))
 
     async def stream_chat(self, content: Json = COUNTING, **fields: Json) -> Stream:
         body = self.chat_body(content, stream=True, **fields)
@@ -159,6 +161,15 @@ class Server:
     async def check_alive(self) -> None:
         answer = await self.post("/v1/chat/completions", self.chat_body("Hi", max_tokens=1))
         expect_equal(answer.status, 200, "the status of the next request")
+        with_choices(answer.json)
+
+    async def answers_or_refuses(self, answer: Answer) -> None:
+        """`answer` is a good one or a 400, after which the server still answers others."""
+        await self.check_alive()
+        if answer.status == 200:
+            with_choices(answer.json)
+        else:
+            refusal(answer)
 
 
 def root_of(base_url: str) -> str:
@@ -171,6 +182,17 @@ def parse(content: bytes) -> Json:
         return json.loads(content, parse_constant=_not_json)
     except ValueError as error:
         raise Failed(f"not JSON ({error}): {content[:80]!r}") from None
+
+
+def with_choices(answer: Json) -> Json:
+    """`answer`, if its first choice has a text or calls a tool."""
+    choice = answer["choices"][0]
+    if "message" not in choice:
+        text = choice["text"]
+    else:
+        text = "" if choice["message"].get("tool_calls") else choice["message"]["content"]
+    expect(isinstance(text, str), f"the text is {shown(text)}")
+    return answer
 
 
 def refusal(answer: Answer, status: int = 400) -> Json:
@@ -200,7 +222,7 @@ def _not_200(answer: Answer, path: str, body: Mapping[str, Json]) -> NoReturn:
         message = str(error.get("message")) if isinstance(error, dict) else answer.excerpt
         where = str(error.get("param") or "") if isinstance(error, dict) else ""
         for field in sorted(set(body) - _CORE):
-            if where.split(".")[0].split("[")[0] == field or field in message:
+            if where.split(".")[0].split("[")[0] == field or re.search(rf"\b{field}\b", message):
                 raise NotOffered(f"{answer.status}: {message}")
     fail(f"{path}: {answer.status} {answer.excerpt}")
 

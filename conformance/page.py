@@ -19,11 +19,16 @@ _MARKS = {PASS: "✓", FAIL: "**✗**", NOT_OFFERED: "-"}
 _INTRODUCTION = """\
 # Conformance
 
-One case for each thing that a client of OpenAI's API relies on, asked of each server over plain HTTP: ✓ it does
-it, ✗ it does something else, - it says clearly that it does not offer it (a 404, a refusal that names the
-field) or, where the field is no part of OpenAI's API, shows no effect. The cases are in `conformance/cases/`,
-and were written from OpenAI's reference, not from any server. The page is written by `conformance/page.py` from
-the results of `make conformance` and `make conformance-peers`.
+One case for each thing that a client of OpenAI's API relies on, asked of each server over plain HTTP:
+
+- ✓ it does it;
+- ✗ it does something else, which is said below;
+- \- it says clearly that it does not offer it (a 404, a refusal that names the field), or the field is no part of
+  OpenAI's API and shows no effect.
+
+The cases are in `conformance/cases/`. They follow OpenAI's reference, and for the endpoints and fields that it does
+not have, Anthropic's and vLLM's. This page is written by `conformance/page.py` from what `make conformance` and
+`make conformance-peers` found.
 """
 
 

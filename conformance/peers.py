@@ -52,10 +52,10 @@ def chat_template(folder: Path) -> Path:
 
 
 def launch(server: Path, model: Path, template: Path) -> Launch:
-    command = (
-        *(str(server), "-m", str(model), "--jinja", "--chat-template-file", str(template)),
-        *("-np", str(_SLOTS), "-c", str(_SLOTS * _CONTEXT)),
-    )
+    model_and_name = ("-m", str(model), "--alias", "gemma-3-270m")
+    jinja = ("--jinja", "--chat-template-file", str(template))
+    slots = ("-np", str(_SLOTS), "-c", str(_SLOTS * _CONTEXT))
+    command = (str(server), *model_and_name, *jinja, *slots)
     return Launch(command, "/health")
 
 

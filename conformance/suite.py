@@ -58,7 +58,8 @@ class Report:
 async def run_suite(target: Target, cases: Sequence[Case], tell: Callable[[Result], None]) -> Report:
     """Run `cases` one after the other, and `tell` each result. Raises Failed if there is no server to test."""
     headers = {"authorization": f"Bearer {target.api_key}"} if target.api_key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=16)
+    # No connection is used twice, lest one that the server is about to close look like the next one's fault.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(trust_env=False, timeout=READ_SECONDS, headers=headers, limits=limits) as http:
         listed = await _first_model(http, target.base_url)
         model = target.model or listed["id"]

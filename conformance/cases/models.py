@@ -64,6 +64,7 @@ async def a_completion_with_an_unknown_model_is_a_404(server: Server) -> None:
 async def a_stream_from_an_unknown_model_is_a_404_and_no_stream(server: Server) -> None:
     answer = await server.post("/v1/chat/completions", server.chat_body(model=NOBODY, stream=True))
     refusal(answer, 404)
+    await server.check_alive()
 
 
 @case("answer-names-model")
