@@ -23,12 +23,12 @@ One case for each thing that a client of OpenAI's API relies on, asked of each s
 
 - ✓ it does it;
 - ✗ it does something else, which is said below;
-- \- it says clearly that it does not offer it (a 404, a refusal that names the field), or the field is no part of
-  OpenAI's API and shows no effect.
+- "-" it says clearly that it does not offer it (a 404, a refusal that names the field), or the field is no part
+  of OpenAI's API and shows no effect.
 
-The cases are in `conformance/cases/`. They follow OpenAI's reference, and for the endpoints and fields that it does
-not have, Anthropic's and vLLM's. This page is written by `conformance/page.py` from what `make conformance` and
-`make conformance-peers` found.
+The cases are in `conformance/cases/`. They follow OpenAI's reference, and for the endpoints and fields that it
+does not have, Anthropic's and vLLM's. This page is written by `conformance/page.py` from what `make conformance`
+and `make conformance-peers` found.
 """
 
 
