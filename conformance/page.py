@@ -27,8 +27,8 @@ One case for each thing that a client of OpenAI's API relies on, asked of each s
   of OpenAI's API and shows no effect.
 
 The cases are in `conformance/cases/`. They follow OpenAI's reference, and for the endpoints and fields that it
-does not have, Anthropic's and vLLM's. This page is written by `conformance/page.py` from what `make conformance`
-and `make conformance-peers` found.
+does not have, Anthropic's and vLLM's. This page is written by `conformance/page.py` from what
+`make conformance` and `make conformance-peers` found.
 """
 
 

@@ -5,18 +5,19 @@ A base model never ends a loop of its own will, so that the loop is held to its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import openai
 import pytest
 from pydantic import BaseModel
-from pydantic_ai import Agent, NativeOutput, ToolOutput
-from pydantic_ai.messages import ModelRequest, ModelResponse, ToolCallPart, ToolReturnPart
+from pydantic_ai import Agent, NativeOutput, RunContext, ToolOutput
+from pydantic_ai.capabilities import PrepareOutputTools, PrepareTools
+from pydantic_ai.messages import ToolCallPart, ToolReturnPart
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.profiles.openai import OpenAIModelProfile
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.settings import ModelSettings
+from pydantic_ai.tools import ToolDefinition
 
 from tests.e2e.server_process import ServerProcess
 from tests.sdk.conftest import API_KEY
@@ -66,7 +67,7 @@ async def test_an_output_by_a_tool_call_is_an_object_of_the_class(model: OpenAIC
 
 
 async def test_a_tool_is_called_and_its_result_goes_back(model: OpenAIChatModel) -> None:
-    """The first answer must call a tool of two; once it was called, only the output's is left."""
+    """The first answer can only call `look_out`; once that was called, only the output is left to call."""
     called: list[str] = []
 
     def look_out(direction: Literal["north", "south"]) -> str:
@@ -74,32 +75,25 @@ async def test_a_tool_is_called_and_its_result_goes_back(model: OpenAIChatModel)
         called.append(direction)
         return "The sun shines."
 
+    def before(context: RunContext[None], tools: list[ToolDefinition]) -> list[ToolDefinition]:
+        return [] if called else tools
+
+    def after(context: RunContext[None], tools: list[ToolDefinition]) -> list[ToolDefinition]:
+        return tools if called else []
+
     agent = Agent(
         model,
         output_type=ToolOutput(Weather, name="answer"),
-        tools=[_only_once(look_out, called)],
+        tools=[look_out],
+        capabilities=[PrepareTools(before), PrepareOutputTools(after)],
         model_settings=SETTINGS,
         retries=0,
     )
-    result = await agent.run("Look out of the window with look_out, then answer. look_out look_out look_out")
+    result = await agent.run(QUESTION)
     assert isinstance(result.output, Weather)
-    kinds = [type(message) for message in result.all_messages()]
-    assert kinds[:2] == [ModelRequest, ModelResponse]
-    if called:
-        returned = [
-            part
-            for message in result.all_messages()
-            for part in message.parts
-            if isinstance(part, (ToolCallPart, ToolReturnPart)) and part.tool_name == "look_out"
-        ]
-        assert len(returned) == 2 * len(called)
-
-
-def _only_once(function: Callable[..., str], called: list[str]) -> Any:
-    from pydantic_ai import Tool
-    from pydantic_ai.tools import RunContext, ToolDefinition
-
-    async def prepare(context: RunContext[None], definition: ToolDefinition) -> ToolDefinition | None:
-        return None if called else definition
-
-    return Tool(function, prepare=prepare)
+    assert called
+    parts = [part for message in result.all_messages() for part in message.parts]
+    calls = [part.tool_name for part in parts if isinstance(part, ToolCallPart)]
+    assert calls == ["look_out"] * len(called) + ["answer"]
+    returned = [part.content for part in parts if isinstance(part, ToolReturnPart)]
+    assert returned[: len(called)] == ["The sun shines."] * len(called)
