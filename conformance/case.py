@@ -8,6 +8,7 @@ or `NotOffered` where it does not. Whatever else happens in it is the server's f
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Group:
         """Decorator: the function below is the case `group.name`."""
 
         def add(check: Check) -> Check:
-            sentence = check.__name__.replace("_s_", "'s_").replace("_", " ")  # type: ignore[attr-defined]
+            sentence = re.sub(r"_s(?=_|$)", "'s", check.__name__).replace("_", " ")  # type: ignore[attr-defined]
             self.cases.append(Case(f"{self.name}.{name}", check, sentence))
             return check
 
