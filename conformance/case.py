@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from conformance.client import Server
+from conformance.client import READ_SECONDS, Server
 from conformance.outcome import FAIL, NOT_OFFERED, PASS, Failed, NotOffered
 
 LIMIT_SECONDS = 90.0
@@ -84,6 +84,8 @@ async def _outcome(case: Case, server: Server) -> tuple[str, str]:
         return FAIL, str(error)
     except TimeoutError:
         return FAIL, f"no end after {LIMIT_SECONDS:g} s"
+    except httpx.TimeoutException:
+        return FAIL, f"no answer within {READ_SECONDS:g} s"
     except httpx.HTTPError as error:
         return FAIL, f"{type(error).__name__}: {error or 'no answer'}"
     except (KeyError, IndexError) as error:

@@ -63,8 +63,11 @@ def _systems(reports: Sequence[Report]) -> str:
 
 def _failures(report: Report) -> str:
     lines = [f"## What {report.system} does instead", ""]
+    sentences = {case.id: case.sentence for case in all_cases()}
     lines += [
-        f"- {result.sentence}: {_plain(result.reason)}" for result in report.results if result.outcome == FAIL
+        f"- {sentences.get(result.id, result.sentence)}: {_plain(result.reason)}"
+        for result in report.results
+        if result.outcome == FAIL
     ]
     return "\n".join(lines) + "\n"
 

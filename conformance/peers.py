@@ -1,7 +1,8 @@
 """`make conformance-peers`: the suite against llama.cpp's server, and docs/conformance.md with it beside ours.
 
 llama.cpp is installed, and its weights are made, as the benchmark of peers does it. The weights have no chat
-template, so it is given Gemma 3's official one, and Jinja to run it, which its documentation wants for tools.
+template, so it is run twice: with Gemma 3's official one, and with ChatML, its own for such weights; with Jinja,
+which its documentation wants for tools.
 """
 
 from __future__ import annotations
@@ -51,20 +52,18 @@ def chat_template(folder: Path) -> Path:
     return target
 
 
-def launch(server: Path, model: Path, template: Path) -> Launch:
+def launch(server: Path, model: Path, *template: str) -> Launch:
     model_and_name = ("-m", str(model), "--alias", "gemma-3-270m")
-    jinja = ("--jinja", "--chat-template-file", str(template))
     slots = ("-np", str(_SLOTS), "-c", str(_SLOTS * _CONTEXT))
-    command = (str(server), *model_and_name, *jinja, *slots)
-    return Launch(command, "/health")
+    return Launch((str(server), *model_and_name, "--jinja", *template, *slots), "/health")
 
 
-async def check_peer(description: str, what: Launch, log: Path) -> Report:
-    async with serving(what, log) as running:
-        target = Target(running.url, running.model, name="llama.cpp", started_with=what.shown())
+async def check_peer(name: str, version: str, what: Launch) -> Report:
+    async with serving(what, RESULTS / "llama-cpp.log") as running:
+        target = Target(running.url, running.model, name=name, started_with=what.shown())
         report = await run_suite(target, all_cases(), tell)
-    # Builds from a package say only "b0-unknown" of themselves.
-    return replace(report, version=description)
+    # What it says itself is the commit that it was built from, which a build from a package does not know.
+    return replace(report, version=version)
 
 
 async def check_ours() -> Report:
@@ -80,17 +79,19 @@ def main() -> int:
     try:
         weights = gemma_3_270m(options.folder / "weights")
         tools = install_llama_cpp(options.folder, weights.gguf)
-        what = launch(tools.server, weights.gguf, chat_template(RESULTS))
         version = tools.description.split(" from ")[0]
-        reports = {"llama-cpp": asyncio.run(check_peer(version, what, RESULTS / "llama-cpp.log"))}
-        reports["ours"] = asyncio.run(check_ours())
+        official = ("--chat-template-file", str(chat_template(RESULTS)))
+        reports = {"ours": asyncio.run(check_ours())}
+        for name, template in (("llama.cpp, Gemma's template", official), ("llama.cpp, ChatML", ())):
+            what = launch(tools.server, weights.gguf, *template)
+            reports[name] = asyncio.run(check_peer(name, f"({version})", what))
     except (InstallError, ServerError, Failed, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
     for name, report in reports.items():
         print(summary(report))
         report.write(RESULTS / f"{name}.json")
-    PAGE.write_text(page([reports["ours"], reports["llama-cpp"]]), encoding="utf-8")
+    PAGE.write_text(page(list(reports.values())), encoding="utf-8")
     return 0
 
 
