@@ -1,8 +1,8 @@
 """`make conformance-peers`: the suite against llama.cpp's server, and docs/conformance.md with it beside ours.
 
 llama.cpp is installed, and its weights are made, as the benchmark of peers does it. The weights have no chat
-template, so it is run twice: with Gemma 3's official one, and with ChatML, its own for such weights; with Jinja,
-which its documentation wants for tools.
+template, so it is run twice: with Gemma 3's official one, and with ChatML, its own for such weights. Jinja runs
+both, as its documentation wants it for tools.
 """
 
 from __future__ import annotations
