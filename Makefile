@@ -24,7 +24,7 @@ DEV := $(VENV)/.dev
 
 .PHONY: help
 help:  ## List the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 .PHONY: serve
 serve: $(RUNTIME)  ## Serve the embedded Gemma 3 270M; options: make serve ARGS="--port 8123"
@@ -61,6 +61,18 @@ bench-quality: $(DEV)  ## Perplexity and greedy agreement of each number format 
 .PHONY: bench-peers
 bench-peers: $(DEV)  ## Measure vLLM, llama.cpp and this server in one run for docs/performance.md; ARGS="--help" lists its options
 	@$(BIN)/python -m benchmarks.peers.run $(ARGS)
+
+.PHONY: conformance
+conformance: $(DEV)  ## Ask this server for all that OpenAI's API promises; another: ARGS="--base-url http://host:8000"
+	@$(BIN)/python -m conformance $(ARGS)
+
+.PHONY: conformance-peers
+conformance-peers: $(DEV)  ## Ask llama.cpp's server, too, and write docs/conformance.md
+	@$(BIN)/python -m conformance.peers $(ARGS)
+
+.PHONY: test-sdk
+test-sdk: $(DEV)  ## Run the official SDKs and an agent framework against the embedded model; Node's comes from npm
+	@$(BIN)/python -m pytest -m "not gpu and not network" tests/sdk $(ARGS)
 
 .PHONY: docs
 docs: $(DEV)  ## Write docs/options.md from the declaration of the options

@@ -17,6 +17,7 @@ from tools.gen_options import OPTIONS_PAGE, options_page
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "server").rglob("*.py"))
+CONFORMANCE = sorted((ROOT / "conformance").rglob("*.py"))
 MAX_LINES = 400
 
 MAY_IMPORT_TORCH = re.compile(
@@ -136,7 +137,13 @@ def test_third_party_imports_are_the_declared_dependencies() -> None:
     assert modules - third_party <= found_at_run_time, "declared in pyproject.toml, but not imported"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=_module_name)
+@pytest.mark.parametrize("path", CONFORMANCE, ids=_module_name)
+def test_the_conformance_suite_knows_only_http(path: Path) -> None:
+    """A case that imported the server, or an SDK, would test what it was written with."""
+    assert {name.split(".")[0] for name in _imports(path)} & {"server", "openai", "torch"} == set()
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *CONFORMANCE], ids=_module_name)
 def test_files_are_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES
 
@@ -167,20 +174,23 @@ def test_commands_in_the_docs_exist(page: Path) -> None:
 def test_options_in_the_docs_exist(page: Path) -> None:
     server = {option_name(name) for name in [*ServerConfig.model_fields, "config"]}
     switches = {f"--no-{name[2:]}" for name in server}
-    benchmarks = {
+    programs = {
         option
-        for path in (ROOT / "benchmarks" / "load.py", ROOT / "benchmarks" / "peers" / "run.py")
+        for path in (ROOT / "benchmarks" / "load.py", ROOT / "benchmarks" / "peers" / "run.py", *CONFORMANCE)
         for option in re.findall(r'"(--[a-z-]+)"', path.read_text(encoding="utf-8"))
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text(encoding="utf-8")))
-    assert named - {"--help", "--upgrade", "--no-"} <= server | switches | benchmarks
+    assert named - {"--help", "--upgrade", "--no-"} <= server | switches | programs
 
 
 @pytest.mark.parametrize("page", _pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_the_docs_name_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     linked = [page.parent / target for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text)]
-    named = [ROOT / path for path in re.findall(r"`((?:server|tests|tools|benchmarks|docs)/[\w./-]*)`", text)]
+    named = [
+        ROOT / path
+        for path in re.findall(r"`((?:server|tests|tools|benchmarks|conformance|docs)/[\w./-]*)`", text)
+    ]
     # Results are written by `make bench`, and ignored by git.
     missing = [str(path) for path in linked + named if not path.exists() and path.name != "results"]
     assert missing == []

@@ -17,6 +17,8 @@ from server.frontend.tool_grammar import ToolPlan
 
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_TOP_P = 1.0
+SMALLEST_TOP_P = 1e-9
+"""Stands for 0, which OpenAI allows: the likeliest token alone reaches either."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's defaults."""
 SEED_BITS = 64
@@ -141,7 +143,7 @@ def choices_of_prompt(
                 seed=(first_seed + index) % 2**SEED_BITS,
                 min_tokens=min_tokens,
                 temperature=_or(body.temperature, DEFAULT_TEMPERATURE),
-                top_p=_or(body.top_p, DEFAULT_TOP_P),
+                top_p=max(_or(body.top_p, DEFAULT_TOP_P), SMALLEST_TOP_P),
                 top_k=min(max(body.top_k or 0, 0), model.info.vocab_size),
                 min_p=body.min_p or 0.0,
                 presence_penalty=body.presence_penalty or 0.0,

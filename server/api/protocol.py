@@ -191,9 +191,10 @@ class GenerationFields(WireModel):
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy. Default: 1.")
     top_p: float | None = Field(
         None,
-        gt=0,
+        ge=0,
         le=1,
-        description="Sample of the likeliest tokens that have this much probability together. Default: 1.",
+        description="Sample of the likeliest tokens that have this much probability together; 0 is greedy."
+        " Default: 1.",
     )
     top_k: int | None = Field(
         None, ge=-1, description="Sample of so many likeliest tokens. -1 and 0 mean off. Default: off."

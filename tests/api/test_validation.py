@@ -27,7 +27,6 @@ BAD_COMMON_FIELDS = [
     {"temperature": "1"},
     {"temperature": True},
     {"temperature": 1e308},
-    {"top_p": 0},
     {"top_p": -0.1},
     {"top_p": 1.1},
     {"top_k": -2},

@@ -57,6 +57,14 @@ def test_the_openai_sdk_chats_and_streams(server: ServerProcess) -> None:
     assert whole.usage.prompt_tokens == count
 
 
+def test_a_top_p_of_0_is_greedy(server: ServerProcess) -> None:
+    with server.client() as client:
+        for seed in range(5):
+            greedy = text_of(client, prompt=make_prompt(seed), max_tokens=10)
+            text = text_of(client, prompt=make_prompt(seed), max_tokens=10, temperature=2, top_p=0, seed=seed)
+            assert text == greedy
+
+
 def test_streamed_text_is_the_whole_text_for_every_kind_of_sampling(server: ServerProcess) -> None:
     with server.client() as client:
         for seed, extra in enumerate(
