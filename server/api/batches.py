@@ -11,7 +11,7 @@ from pydantic import Field, StringConstraints
 
 from server.api.files import DEFAULT_LIFETIME_SECONDS, LIFETIMES, runner_of
 from server.api.openapi import body_of
-from server.api.protocol import WireModel
+from server.api.wire_types import WireModel
 from server.api.query import limit_of
 from server.api.responses import json_response
 from server.api.serving import owner_of, read_body

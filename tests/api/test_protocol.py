@@ -11,7 +11,8 @@ import pytest
 from pydantic import BaseModel
 
 from server.api import ignored_fields
-from server.api.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields, WireModel
+from server.api.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
+from server.api.wire_types import WireModel
 from server.engine.types import GenerateRequest
 from tests.api.support import TOKENIZER, LiveServer
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from server.api.protocol import MAX_MESSAGES, TextPart, WireModel
+from server.api.protocol import TextPart
+from server.api.wire_types import MAX_MESSAGES, WireModel
 
 MAX_STOP_SEQUENCES = 4
 MAX_STOP_CHARS = 1000

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from server.api.formats import JsonSchema
-from server.api.protocol import MAX_MESSAGES, WireModel
+from server.api.wire_types import MAX_MESSAGES, WireModel
 from server.api.tools import ToolChoiceField
 
 LOGPROBS = "message.output_text.logprobs"
