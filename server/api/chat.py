@@ -15,7 +15,6 @@ from server.api.params import chat_logprobs, check_stream_options
 from server.api.protocol import ChatCompletionRequest, declared_tools
 from server.api.responses import (
     AssistantMessage,
-    CalledFunction,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
@@ -23,6 +22,7 @@ from server.api.responses import (
     ChatDelta,
     ChatLogprobs,
     ChatToolCall,
+    FunctionCallPart,
     Head,
     PromptLogprobs,
     Usage,
@@ -97,7 +97,7 @@ class _Writer:
         if not choice.calls:
             return AssistantMessage(text)
         calls = [
-            ChatToolCall(CalledFunction(call.arguments, call.name), _CALL_ID.format(call.id), "function")
+            ChatToolCall(FunctionCallPart(call.arguments, call.name), _CALL_ID.format(call.id), "function")
             for call in choice.calls
         ]
         return AssistantMessage(text or None, tool_calls=calls)
@@ -182,9 +182,10 @@ def _parts(pieces: Iterable[Piece]) -> list[ChatDelta]:
             case TextPiece(text):
                 parts.append(ChatDelta(content=text))
             case CallBegun(call_index, call_id, name):
-                begun = ChatToolCall(CalledFunction("", name), _CALL_ID.format(call_id), "function", call_index)
+                part = FunctionCallPart("", name)
+                begun = ChatToolCall(part, _CALL_ID.format(call_id), "function", call_index)
                 parts.append(ChatDelta(tool_calls=[begun]))
             case ArgumentPiece(call_index, text):
-                gained = ChatToolCall(CalledFunction(text), index=call_index)
+                gained = ChatToolCall(FunctionCallPart(text), index=call_index)
                 parts.append(ChatDelta(tool_calls=[gained]))
     return parts

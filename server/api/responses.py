@@ -93,7 +93,7 @@ class ChatLogprobs(Struct):
     refusal: None = None
 
 
-class CalledFunction(Struct):
+class FunctionCallPart(Struct):
     arguments: str | UnsetType = UNSET
     name: str | UnsetType = UNSET
 
@@ -101,7 +101,7 @@ class CalledFunction(Struct):
 class ChatToolCall(Struct):
     """A call or, in a stream and with its index, what it gained."""
 
-    function: CalledFunction
+    function: FunctionCallPart
     id: str | UnsetType = UNSET
     type: Literal["function"] | UnsetType = UNSET
     index: int | UnsetType = UNSET
