@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import UNSET
 
-from server.api.logprobs import CompletionLogprobsWriter, extend, prompt_logprobs, token_names
+from server.api.logprobs import CompletionLogprobsWriter, extend, prompt_logprobs, token_names, written
 from server.api.protocol import CompletionRequest
 from server.api.responses import CompletionChoice, CompletionLogprobs
 from server.engine.types import FinishReason, PromptTokenLogprob
@@ -59,7 +59,11 @@ class ChoiceWriter:
         if body.echo:
             part.text = self._echoed_text()
             if self._logprobs is not None and part.logprobs is not None:
-                extend(part.logprobs, self._echoed_logprobs(self._logprobs, entries))
+                writer, num_top = self._logprobs, body.logprobs or 0
+                echoed = await written(
+                    len(entries), num_top, lambda: self._echoed_logprobs(writer, entries, num_top)
+                )
+                extend(part.logprobs, echoed)
 
     def _echoed_text(self) -> str:
         if self._typed_prompt is not None:
@@ -67,11 +71,10 @@ class ChoiceWriter:
         return self._tokenizer.decode(self._prompt_token_ids, skip_special_tokens=False)
 
     def _echoed_logprobs(
-        self, writer: CompletionLogprobsWriter, entries: list[PromptTokenLogprob | None]
+        self, writer: CompletionLogprobsWriter, entries: list[PromptTokenLogprob | None], num_top: int
     ) -> CompletionLogprobs:
         has_bos = self._prompt_token_ids[0] == self._tokenizer.bos_id
         hide_bos = has_bos and self._typed_prompt is not None and not self._typed_prompt.startswith(BOS)
-        num_top = self._body.logprobs or 0
         return writer.prompt(self._prompt_token_ids, entries, num_top, hide_bos=hide_bos)
 
 

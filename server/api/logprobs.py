@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from server.api.responses import (
     ChatLogprobs,
@@ -18,9 +19,10 @@ from server.engine.types import PromptTokenLogprob, TokenLogprob
 from server.tokenizer import BYTE_REPLACEMENT, Tokenizer
 
 INLINE_ENTRIES = 2000
-"""More log probabilities of a prompt are written in a thread."""
+"""More log probabilities of a prompt are written in a thread: some microseconds each add up."""
 
 TokenNames = Callable[[int], str]
+Written = TypeVar("Written")
 
 
 def token_names(tokenizer: Tokenizer, *, as_ids: bool | None) -> TokenNames:
@@ -40,16 +42,21 @@ def chat_logprobs(tokens: Iterable[TokenLogprob], tokenizer: Tokenizer, names: T
     return ChatLogprobs(content)
 
 
+async def written(num_tokens: int, num_top: int, write: Callable[[], Written]) -> Written:
+    """What `write` makes of so many tokens of a prompt with so many alternatives each."""
+    is_short = num_tokens * (1 + num_top) <= INLINE_ENTRIES
+    return write() if is_short else await asyncio.to_thread(write)
+
+
 async def prompt_logprobs(
     entries: Sequence[PromptTokenLogprob | None], num_top: int, tokenizer: Tokenizer
 ) -> PromptLogprobs:
     """At each position the prompt's own token and the `num_top` likeliest."""
 
-    def write_all() -> PromptLogprobs:
+    def write() -> PromptLogprobs:
         return [None if entry is None else _ranked(entry, num_top, tokenizer) for entry in entries]
 
-    is_short = len(entries) * (1 + num_top) <= INLINE_ENTRIES
-    return write_all() if is_short else await asyncio.to_thread(write_all)
+    return await written(len(entries), num_top, write)
 
 
 def _ranked(entry: PromptTokenLogprob, num_top: int, tokenizer: Tokenizer) -> dict[int, PromptLogprob]:
@@ -86,43 +93,43 @@ class CompletionLogprobsWriter:
     ) -> CompletionLogprobs:
         """An echoed prompt's; its first token has none. `hide_bos`: the echoed text does not show the first
         token."""
-        written = CompletionLogprobs([], [], [], [])
+        part = CompletionLogprobs([], [], [], [])
         for position, (token_id, logprob) in enumerate(zip(token_ids, logprobs, strict=True)):
             top = logprob.top[:num_top] if logprob is not None else []
-            self._write(written, token_id, logprob, top, is_visible=not (hide_bos and position == 0))
-        return written
+            self._write(part, token_id, logprob, top, is_visible=not (hide_bos and position == 0))
+        return part
 
     def output(self, logprobs: Iterable[TokenLogprob]) -> CompletionLogprobs:
         """Generated tokens'."""
-        written = CompletionLogprobs([], [], [], [])
+        part = CompletionLogprobs([], [], [], [])
         for token in logprobs:
             is_visible = token.token_id not in self._silent_ids
-            self._write(written, token.token_id, token, token.top, is_visible=is_visible)
-        return written
+            self._write(part, token.token_id, token, token.top, is_visible=is_visible)
+        return part
 
     def _write(
         self,
-        written: CompletionLogprobs,
+        part: CompletionLogprobs,
         token_id: int,
         logprob: TokenLogprob | None,
         top: list[tuple[int, float]],
         *,
         is_visible: bool,
     ) -> None:
-        written.tokens.append(self._names(token_id))
-        written.text_offset.append(self._offset)
+        part.tokens.append(self._names(token_id))
+        part.text_offset.append(self._offset)
         if is_visible:
             self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
         if logprob is None:
-            written.token_logprobs.append(None)
-            written.top_logprobs.append(None)
+            part.token_logprobs.append(None)
+            part.top_logprobs.append(None)
             return
-        written.token_logprobs.append(logprob.logprob)
+        part.token_logprobs.append(logprob.logprob)
         by_name: dict[str, float] = {}
         # Two tokens may have one text; the likelier comes first and stays.
         for alternative, value in (*top, (token_id, logprob.logprob)):
             by_name.setdefault(self._names(alternative), value)
-        written.top_logprobs.append(by_name)
+        part.top_logprobs.append(by_name)
 
 
 def extend(whole: CompletionLogprobs, part: CompletionLogprobs) -> None:

@@ -135,6 +135,7 @@ LogitBias = Annotated[
 ]
 
 
+TokensToKeep = Annotated[int, Field(ge=-1, lt=2**63), AfterValidator(_not_zero)]
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 """Only the first mistake is noted: noting each of a million takes seconds, in which nothing else is served."""
 
@@ -255,10 +256,8 @@ class GenerationFields(WireModel):
     return_tokens_as_token_ids: bool | None = Field(
         None, description="Write tokens in `logprobs` as `token_id:5`. Default: false."
     )
-    truncate_prompt_tokens: Annotated[int, AfterValidator(_not_zero)] | None = Field(
+    truncate_prompt_tokens: TokensToKeep | None = Field(
         None,
-        ge=-1,
-        lt=2**63,
         description="Keep only so many tokens of the prompt, its `<bos>` among them; -1: as many as leave room"
         " for the output. Default: all.",
     )

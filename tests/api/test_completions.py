@@ -163,3 +163,10 @@ def test_a_stream_says_what_the_whole_answer_says(server: LiveServer) -> None:
         assert [part["finish_reason"] for part in mine if part["finish_reason"]] == [choice["finish_reason"]]
         for name, values in choice["logprobs"].items():
             assert [value for part in mine for value in part["logprobs"][name]] == values
+
+
+def test_continuous_usage_grows_with_the_stream(server: LiveServer) -> None:
+    options = {"continuous_usage_stats": True, "include_usage": True}
+    stream = chunks(server.complete("ab", max_tokens=3, stream=True, stream_options=options))
+    assert [chunk["usage"]["completion_tokens"] for chunk in stream] == [1, 2, 3, 3]
+    assert [len(chunk["choices"]) for chunk in stream] == [1, 1, 1, 0]

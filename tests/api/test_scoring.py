@@ -74,9 +74,10 @@ def test_a_prompt_can_be_scored_without_an_echo(server: LiveServer) -> None:
 def test_a_long_prompt_s_logprobs_are_written_in_a_thread_all_the_same(
     server: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inline = server.complete("ab", prompt_logprobs=2).json()["choices"][0]["prompt_logprobs"]
+    fields: dict[str, Any] = {"prompt_logprobs": 2, "echo": True, "logprobs": 1}
+    inline = server.complete("ab", **fields).json()["choices"]
     monkeypatch.setattr("server.api.logprobs.INLINE_ENTRIES", 0)
-    assert server.complete("ab", prompt_logprobs=2).json()["choices"][0]["prompt_logprobs"] == inline
+    assert server.complete("ab", **fields).json()["choices"] == inline
 
 
 def test_tokens_named_by_id_are_reported_behind_the_likeliest(server: LiveServer) -> None:
