@@ -30,15 +30,19 @@ _Value = Annotated[str, StringConstraints(max_length=512)]
 
 
 class ExpiresAfter(WireModel):
-    anchor: Literal["created_at"]
-    seconds: int = Field(ge=LIFETIMES[0], le=LIFETIMES[1])
+    anchor: Literal["created_at"] = Field(description="The time from which on it is counted. Required.")
+    seconds: int = Field(ge=LIFETIMES[0], le=LIFETIMES[1], description="How long the files are kept. Required.")
 
 
 class CreateBatchRequest(WireModel):
-    input_file_id: str = Field(description="A file of purpose `batch`, with one request in each line.")
-    endpoint: str = Field(description="The path that every line asks for.")
-    completion_window: Literal["24h"] = Field(description="What is not answered by then expires.")
-    metadata: dict[_Key, _Value] | None = Field(None, max_length=MAX_METADATA)
+    input_file_id: str = Field(
+        description="A file of purpose `batch`, with one request in each line. Required."
+    )
+    endpoint: str = Field(description="The path that every line asks for. Required.")
+    completion_window: Literal["24h"] = Field(description="What is not answered by then expires. Required.")
+    metadata: dict[_Key, _Value] | None = Field(
+        None, max_length=MAX_METADATA, description="Is kept with the batch and shown with it. Default: none."
+    )
     output_expires_after: ExpiresAfter | None = Field(
         None, description="How long the output files are kept. Default: 30 days."
     )
