@@ -12,7 +12,7 @@ from pydantic import Field, StringConstraints
 from server.api.files import DEFAULT_LIFETIME_SECONDS, LIFETIMES, runner_of
 from server.api.openapi import body_of
 from server.api.protocol import WireModel
-from server.api.query import limit_of
+from server.api.query import AFTER, limit_of, limits, parameters
 from server.api.responses import json_response
 from server.api.serving import owner_of, read_body
 from server.batches.objects import Batch, Page, RequestCounts
@@ -81,7 +81,11 @@ async def create_batch(request: Request) -> Response:
     return json_response(batch, headers=headers)
 
 
-@router.get("/v1/batches", summary="List the batches of this API key, newest first")
+@router.get(
+    "/v1/batches",
+    summary="List the batches of this API key, newest first",
+    openapi_extra=parameters(after=AFTER, limit=limits(DEFAULT_LIMIT, MAX_LIMIT)),
+)
 async def list_batches(request: Request) -> Response:
     query = request.query_params
     limit = limit_of(query, DEFAULT_LIMIT, most=MAX_LIMIT)
