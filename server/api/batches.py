@@ -11,10 +11,10 @@ from pydantic import Field, StringConstraints
 
 from server.api.files import DEFAULT_LIFETIME_SECONDS, LIFETIMES, runner_of
 from server.api.openapi import body_of
-from server.api.wire_types import WireModel
-from server.api.query import limit_of
+from server.api.query import AFTER, limit_of, limits, parameters
 from server.api.responses import json_response
 from server.api.serving import owner_of, read_body
+from server.api.wire_types import WireModel
 from server.batches.objects import Batch, Page, RequestCounts
 from server.errors import InvalidRequestError, shown
 
@@ -30,15 +30,19 @@ _Value = Annotated[str, StringConstraints(max_length=512)]
 
 
 class ExpiresAfter(WireModel):
-    anchor: Literal["created_at"]
-    seconds: int = Field(ge=LIFETIMES[0], le=LIFETIMES[1])
+    anchor: Literal["created_at"] = Field(description="The time from which on it is counted. Required.")
+    seconds: int = Field(ge=LIFETIMES[0], le=LIFETIMES[1], description="How long the files are kept. Required.")
 
 
 class CreateBatchRequest(WireModel):
-    input_file_id: str = Field(description="A file of purpose `batch`, with one request in each line.")
-    endpoint: str = Field(description="The path that every line asks for.")
-    completion_window: Literal["24h"] = Field(description="What is not answered by then expires.")
-    metadata: dict[_Key, _Value] | None = Field(None, max_length=MAX_METADATA)
+    input_file_id: str = Field(
+        description="A file of purpose `batch`, with one request in each line. Required."
+    )
+    endpoint: str = Field(description="The path that every line asks for. Required.")
+    completion_window: Literal["24h"] = Field(description="What is not answered by then expires. Required.")
+    metadata: dict[_Key, _Value] | None = Field(
+        None, max_length=MAX_METADATA, description="Is kept with the batch and shown with it. Default: none."
+    )
     output_expires_after: ExpiresAfter | None = Field(
         None, description="How long the output files are kept. Default: 30 days."
     )
@@ -77,7 +81,11 @@ async def create_batch(request: Request) -> Response:
     return json_response(batch, headers=headers)
 
 
-@router.get("/v1/batches", summary="List the batches of this API key, newest first")
+@router.get(
+    "/v1/batches",
+    summary="List the batches of this API key, newest first",
+    openapi_extra=parameters(after=AFTER, limit=limits(DEFAULT_LIMIT, MAX_LIMIT)),
+)
 async def list_batches(request: Request) -> Response:
     query = request.query_params
     limit = limit_of(query, DEFAULT_LIMIT, most=MAX_LIMIT)

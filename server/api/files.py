@@ -12,7 +12,7 @@ from starlette.responses import FileResponse
 from starlette.types import Message
 
 from server.api.ignored_fields import HEADER, header_value
-from server.api.query import limit_of, one_of
+from server.api.query import AFTER, limit_of, limits, one_of, parameters
 from server.api.responses import json_response
 from server.api.serving import owner_of, runtime_of
 from server.batches.database import storage_errors
@@ -105,7 +105,16 @@ async def upload_file(request: Request) -> Response:
     return json_response(file, headers=_ignored(form))
 
 
-@router.get("/v1/files", summary="List the files of this API key")
+@router.get(
+    "/v1/files",
+    summary="List the files of this API key",
+    openapi_extra=parameters(
+        purpose={"type": "string", "enum": ["batch", "batch_output"]},
+        after=AFTER,
+        limit=limits(DEFAULT_LIMIT, DEFAULT_LIMIT),
+        order={"type": "string", "enum": ["desc", "asc"], "default": "desc"},
+    ),
+)
 async def list_files(request: Request) -> Response:
     runner = runner_of(request)
     query = request.query_params

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from server.errors import InvalidRequestError, shown
 
@@ -23,3 +24,16 @@ def one_of(query: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise InvalidRequestError(f"'{name}' must be {' or '.join(choices)}, got {shown(value)}.", param=name)
     return value
+
+
+def parameters(**schemas: dict[str, Any]) -> dict[str, Any]:
+    """`openapi_extra` of a route with these query parameters, all of which may be left out."""
+    return {"parameters": [{"name": name, "in": "query", "schema": schema} for name, schema in schemas.items()]}
+
+
+def limits(default: int, most: int) -> dict[str, Any]:
+    """The schema of `limit`."""
+    return {"type": "integer", "minimum": 1, "maximum": most, "default": default}
+
+
+AFTER = {"type": "string", "description": "The id behind which the page begins."}
