@@ -51,9 +51,7 @@ class Language:
         return (words - set(stops)) | (set(stops) if text in self.texts else set())
 
     def is_complete(self, text: bytes) -> bool:
-        return text in self.texts and not any(
-            known.startswith(text) and known != text for known in self.texts
-        )
+        return text in self.texts and not any(known.startswith(text) and known != text for known in self.texts)
 
 
 LONGEST = 8

@@ -214,7 +214,9 @@ def test_what_does_not_compile_ends_its_sequence_alone(gate: Gate, with_vocabula
     assert last["good"].finish_reason is FinishReason.LENGTH
 
 
-def test_the_compiler_forgets_what_was_asked_for_longest_ago(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiler_forgets_what_was_asked_for_longest_ago(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compiler_module, "_CACHED", 2)
     compiler = GrammarCompiler(gate.woken.set)
     compiler.set_vocabulary(VOCABULARY_MESSAGE)
