@@ -1,7 +1,7 @@
 """What a request says about the form of its output, as what the engine holds its tokens to.
 
-Three ways ask for a form: OpenAI's `response_format`, vLLM's `structured_outputs` and its older `guided_*` fields,
-which mean the same. A request may use one of them, for one form.
+Three ways ask for a form: OpenAI's `response_format`, vLLM's `structured_outputs` and its older `guided_*`
+fields, which mean the same. A request may use one of them, for one form.
 """
 
 from __future__ import annotations
