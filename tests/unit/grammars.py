@@ -37,7 +37,7 @@ def text_of(token_ids: list[int]) -> bytes:
 class Language:
     grammar: str
     texts: frozenset[bytes]
-    """All of them; or, where there is no end of them, all that three guesses behind `longest` bytes can reach."""
+    """All of them; or, of too many, all that three guesses behind `longest` bytes can reach."""
     longest: int = 100
 
     @cached_property
