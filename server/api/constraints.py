@@ -29,6 +29,12 @@ from server.tokenizer import InvalidTextError, Tokenizer
 _WHITESPACE = r" |\n[ \t]{0,20}"
 """Between the parts of JSON, at most once: pretty-printed text fits, and no model can go on for ever."""
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
+_IN_OUR_WORDS = {
+    "Unimplemented keys:": "unsupported keywords:",
+    "oneOf constraints are not supported. Enable 'coerce_one_of' option to approximate oneOf with anyOf": (
+        "'oneOf' is supported only where its branches cannot overlap; 'anyOf' always is"
+    ),
+}
 _LONGEST_MESSAGE = 300
 _ANY_OBJECT = {"type": "object"}
 
@@ -67,7 +73,8 @@ async def check_grammar(question: Question, grammars: GrammarChecker, param: str
         return await grammars.check(question)
     except GrammarError as error:
         message = " ".join(str(error)[: 2 * _LONGEST_MESSAGE].split())
-        message = message.replace("Unimplemented keys:", "unsupported keywords:")
+        for theirs, ours in _IN_OUR_WORDS.items():
+            message = message.replace(theirs, ours)
         if len(message) > _LONGEST_MESSAGE:
             message = message[: _LONGEST_MESSAGE - 3] + "..."
         raise InvalidRequestError(f"'{param}' cannot be used: {message}.", param=param) from None

@@ -160,7 +160,7 @@ def test_every_choice_and_prompt_has_the_grammar(server: LiveServer) -> None:
         ({"type": "array", "contains": {"type": "string"}}, "contains"),
         ({"type": "string", "format": "iban"}, "iban"),
         ({"oneOf": [{"type": "string"}, {"maxLength": 3}]}, "oneOf"),
-        ({"type": "string", "pattern": "(?=x)"}, "pattern"),
+        ({"type": "string", "pattern": "(?=x)"}, "look-around"),
         ({"$ref": "#/$defs/nowhere"}, "nowhere"),
     ],
 )
