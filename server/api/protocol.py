@@ -12,6 +12,7 @@ from pydantic import Field
 from server.api.formats import Choices, ResponseFormat, StructuredOutputs
 from server.api.tools import DeclaredTool, ToolChoiceField
 from server.api.wire_types import (
+    MAX_ALLOWED_TOKEN_IDS,
     MAX_BAD_WORDS,
     MAX_CACHE_SALT_CHARS,
     MAX_CALLS,
@@ -118,7 +119,10 @@ class GenerationFields(WireModel):
     )
     ignore_eos: bool | None = Field(None, description="Go on after the model's own end tokens. Default: false.")
     allowed_token_ids: TokenIds | None = Field(
-        None, min_length=1, description="The only token ids that are sampled; end tokens count. Default: all."
+        None,
+        min_length=1,
+        max_length=MAX_ALLOWED_TOKEN_IDS,
+        description="The only token ids that are sampled, end tokens included. Default: all.",
     )
     bad_words: Annotated[list[BadWord], Field(fail_fast=True, max_length=MAX_BAD_WORDS)] | None = Field(
         None, description="Texts that are not generated, alone or behind a space. Default: none."
