@@ -1,13 +1,14 @@
 """What a request says about the form of its output, as what the engine holds its tokens to.
 
-There are four ways to ask for a form: OpenAI's `response_format`, vLLM's `structured_outputs`, vLLM's older
-`guided_*` fields, which mean the same, and none of them may be used beside another.
+Three ways ask for a form: OpenAI's `response_format`, vLLM's `structured_outputs` and its older `guided_*`
+fields, which mean the same. A request may use one of them, for one form.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,13 @@ from server.tokenizer import InvalidTextError, Tokenizer
 
 _WHITESPACE = r" |\n[ \t]{0,20}"
 """Between the parts of JSON, at most once: pretty-printed text fits, and no model can go on for ever."""
+_GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
+_IN_OUR_WORDS = {
+    "Unimplemented keys:": "unsupported keywords:",
+    "oneOf constraints are not supported. Enable 'coerce_one_of' option to approximate oneOf with anyOf": (
+        "'oneOf' is supported only where its branches cannot overlap; 'anyOf' always is"
+    ),
+}
 _LONGEST_MESSAGE = 300
 _ANY_OBJECT = {"type": "object"}
 
@@ -65,7 +73,8 @@ async def check_grammar(question: Question, grammars: GrammarChecker, param: str
         return await grammars.check(question)
     except GrammarError as error:
         message = " ".join(str(error)[: 2 * _LONGEST_MESSAGE].split())
-        message = message.replace("Unimplemented keys:", "unsupported keywords:")
+        for theirs, ours in _IN_OUR_WORDS.items():
+            message = message.replace(theirs, ours)
         if len(message) > _LONGEST_MESSAGE:
             message = message[: _LONGEST_MESSAGE - 3] + "..."
         raise InvalidRequestError(f"'{param}' cannot be used: {message}.", param=param) from None
@@ -104,6 +113,15 @@ def _wanted(body: GenerationFields) -> Iterator[_Wanted]:
 
 
 def _of_response_format(wanted: ResponseFormat) -> Iterator[_Wanted]:
+    for name, value, kind in (
+        ("json_schema", wanted.json_schema, "json_schema"),
+        ("schema", wanted.json_object_schema, "json_object"),
+    ):
+        if value is not None and wanted.type != kind:
+            param = f"response_format.{name}"
+            raise InvalidRequestError(
+                f"'{param}' goes with the type {kind!r}, not {wanted.type!r}.", param=param
+            )
     match wanted.type:
         case "json_object":
             schema = wanted.json_object_schema
@@ -129,8 +147,7 @@ def _of_structured_outputs(wanted: StructuredOutputs, name: str) -> Iterator[_Wa
     if wanted.choice is not None:
         yield _Wanted(name.format("choice"), Question(choice_grammar(wanted.choice)))
     if wanted.grammar is not None:
-        # As vLLM has it: what looks like GBNF is taken for it.
-        syntax = Syntax.GBNF if "::=" in wanted.grammar else Syntax.NATIVE
+        syntax = Syntax.GBNF if _GBNF_RULE.search(wanted.grammar) else Syntax.NATIVE
         yield _Wanted(name.format("grammar"), Question(wanted.grammar, syntax))
     if wanted.json_object:
         yield _Wanted(name.format("json_object"), Question(json_grammar(_ANY_OBJECT)))

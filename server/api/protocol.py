@@ -20,6 +20,7 @@ MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 1000
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
+MAX_ALLOWED_TOKEN_IDS = 16_384
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 1000
 MAX_MESSAGES = 10_000
@@ -177,7 +178,10 @@ class GenerationFields(WireModel):
     min_tokens: int | None = Field(None, ge=0, description="No stop token is sampled before so many tokens.")
     ignore_eos: bool | None = Field(None, description="Go on after the model's own end tokens.")
     allowed_token_ids: TokenIds | None = Field(
-        None, min_length=1, description="The only token ids that are sampled; end tokens count."
+        None,
+        min_length=1,
+        max_length=MAX_ALLOWED_TOKEN_IDS,
+        description="The only token ids that are sampled, end tokens included.",
     )
     bad_words: Annotated[list[BadWord], Field(fail_fast=True, max_length=MAX_BAD_WORDS)] | None = Field(
         None, description="Texts that are not generated, alone or behind a space."

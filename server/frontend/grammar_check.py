@@ -66,7 +66,7 @@ class GrammarChecker:
     async def _judge(self, question: Question) -> Verdict:
         if len(question.text) > MAX_GRAMMAR_CHARS:
             size = len(question.text)
-            return Verdict(error=f"it has {size} characters; at most {MAX_GRAMMAR_CHARS} are allowed")
+            raise GrammarError(f"it has {size} characters; at most {MAX_GRAMMAR_CHARS} are allowed")
         if self._num_waiting >= _MAX_WAITING:
             raise QueueFullError(f"{self._num_waiting} grammars wait to be compiled, as many as may.")
         self._num_waiting += 1
@@ -76,6 +76,7 @@ class GrammarChecker:
             self._num_waiting -= 1
 
     def _ask(self, question: Question) -> Verdict:
+        """Raises GrammarError for what the child does not survive, which next time may be another matter."""
         process = self._process
         if process is None or process.poll() is not None:
             process = self._start()
@@ -91,8 +92,8 @@ class GrammarChecker:
         in_time = time.monotonic() - started < COMPILE_SECONDS
         self._end()
         if in_time:
-            return Verdict(error="it is too deep or too large to be compiled")
-        return Verdict(error=f"it takes more than {COMPILE_SECONDS:.0f} seconds to compile")
+            raise GrammarError("it is too deep or too large to be compiled")
+        raise GrammarError(f"it takes more than {COMPILE_SECONDS:.0f} seconds to compile")
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "server.frontend.grammar_worker"]

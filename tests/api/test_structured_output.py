@@ -112,6 +112,7 @@ def test_regexes_choices_and_grammars_are_followed(server: LiveServer, name: str
     lark = asked("grammar", 'start: "(" start ")" | "x"')
     assert has(lark, "((x))")
     assert not has(lark, "((x)")
+    assert has(asked("grammar", 'start: "a ::= b"'), "a ::= b")
 
     gbnf = asked("grammar", 'root ::= "a" [0-9]+ ws\nws ::= [ \\t]*')
     assert has(gbnf, "a12 ")
@@ -159,7 +160,7 @@ def test_every_choice_and_prompt_has_the_grammar(server: LiveServer) -> None:
         ({"type": "array", "contains": {"type": "string"}}, "contains"),
         ({"type": "string", "format": "iban"}, "iban"),
         ({"oneOf": [{"type": "string"}, {"maxLength": 3}]}, "oneOf"),
-        ({"type": "string", "pattern": "(?=x)"}, "pattern"),
+        ({"type": "string", "pattern": "(?=x)"}, "look-around"),
         ({"$ref": "#/$defs/nowhere"}, "nowhere"),
     ],
 )
@@ -184,7 +185,9 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "ten thousand brackets": {"structured_outputs": {"regex": "(" * 10_000 + "a" + ")" * 10_000}},
     "ten thousand levels": {"guided_json": '{"items":' * 10_000 + "{}" + "}" * 10_000},
     "terminals that double": {
-        "guided_grammar": "start: R0\n" + "\n".join(f"R{i}: R{i + 1} R{i + 1}" for i in range(40)) + '\nR40: "a"'
+        "guided_grammar": "start: R0\n"
+        + "\n".join(f"R{i}: R{i + 1} R{i + 1}" for i in range(40))
+        + '\nR40: "a"'
     },
     "a megabyte": {"guided_json": {"type": "string", "description": "x" * 1_000_000}},
     "a huge enum": {"guided_json": {"enum": [f"value {number}" for number in range(100_000)]}},
@@ -262,7 +265,9 @@ def test_no_checker_runs_until_there_is_a_grammar() -> None:
         assert server.runtime.grammars._process is None
 
 
-def test_bad_words_are_spelt_with_and_without_a_space_and_allowed_ids_go_as_they_are(server: LiveServer) -> None:
+def test_bad_words_are_spelt_with_and_without_a_space_and_allowed_ids_go_as_they_are(
+    server: LiveServer,
+) -> None:
     response = server.chat("ab", max_tokens=2, bad_words=["model", " ab", "ab"], allowed_token_ids=[9, 7, 9])
     assert response.status_code == 200
     (request,) = server.engine.submitted

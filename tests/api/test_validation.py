@@ -149,6 +149,8 @@ BAD_FORMS: list[dict[str, Any]] = [
     {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}},
     {"response_format": {"type": "json_schema", "json_schema": {"schema": False}}},
     {"response_format": {"type": "json_object", "schema": {"uniqueItems": True}}},
+    {"response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
+    {"response_format": {"type": "text", "schema": {}}},
     {"structured_outputs": {"regex": "("}},
     {"structured_outputs": {"regex": "(?<=x)a"}},
     {"structured_outputs": {"regex": "a", "choice": ["b"]}},
@@ -173,6 +175,7 @@ BAD_FORMS: list[dict[str, Any]] = [
     {"allowed_token_ids": [-1]},
     {"allowed_token_ids": [VOCAB_SIZE]},
     {"allowed_token_ids": [True]},
+    {"allowed_token_ids": [5] * 16_385},
 ]
 CHANGES_MEANING = [
     {"tool_choice": "auto"},

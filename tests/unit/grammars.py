@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from dataclasses import dataclass
+from functools import cached_property
 
 from server.engine.types import Vocabulary as VocabularyMessage
 from server.grammar_library import CONTROL_MARK, Vocabulary
@@ -36,27 +37,28 @@ def text_of(token_ids: list[int]) -> bytes:
 class Language:
     grammar: str
     texts: frozenset[bytes]
-    """All of them, or all that begin as a text of at most `LONGEST` bytes can."""
+    """All of them; or, of too many, all that three guesses behind `longest` bytes can reach."""
+    longest: int = 100
 
-    def continues(self, text: bytes) -> bool:
-        return any(known.startswith(text) for known in self.texts)
+    @cached_property
+    def _beginnings(self) -> frozenset[bytes]:
+        return frozenset(text[:end] for text in self.texts for end in range(len(text) + 1))
+
+    @cached_property
+    def _proper_beginnings(self) -> frozenset[bytes]:
+        return frozenset(text[:end] for text in self.texts for end in range(len(text)))
 
     def allowed(self, text: bytes, stops: tuple[int, ...]) -> set[int]:
         """The tokens that may follow a text."""
         words = {
             token_id
             for token_id, piece in enumerate(PIECES)
-            if piece and not piece.startswith(CONTROL_MARK) and self.continues(text + piece)
+            if piece and not piece.startswith(CONTROL_MARK) and text + piece in self._beginnings
         }
         return (words - set(stops)) | (set(stops) if text in self.texts else set())
 
     def is_complete(self, text: bytes) -> bool:
-        return text in self.texts and not any(
-            known.startswith(text) and known != text for known in self.texts
-        )
-
-
-LONGEST = 8
+        return text in self.texts and text not in self._proper_beginnings
 
 
 def _repeated(parts: tuple[bytes, ...], least: int, most: int) -> frozenset[bytes]:
@@ -71,7 +73,7 @@ LANGUAGES = {
     "choices": Language('start: "a" | "ab" | "abc" | "é"', frozenset({b"a", b"ab", b"abc", "é".encode()})),
     "regex": Language("start: /(ab|ba|c){1,4}/", _repeated((b"ab", b"ba", b"c"), 1, 4)),
     "nested": Language(
-        'start: "a" start "b" | "c"', frozenset(b"a" * n + b"c" + b"b" * n for n in range(LONGEST + 8))
+        'start: "a" start "b" | "c"', frozenset(b"a" * n + b"c" + b"b" * n for n in range(40)), longest=8
     ),
     "list": Language(
         'start: item ("," item){0,2}\nitem: /aa?b?/',
@@ -81,5 +83,5 @@ LANGUAGES = {
             for items in itertools.product((b"a", b"aa", b"ab", b"aab"), repeat=count)
         ),
     ),
-    "open": Language("start: /[ab]*/", _repeated((b"a", b"b"), 0, LONGEST + 4)),
+    "open": Language("start: /[ab]*/", _repeated((b"a", b"b"), 0, 15), longest=4),
 }

@@ -113,7 +113,9 @@ def test_a_sampler_takes_what_the_mask_allows_as_if_nothing_else_were_there(size
     logits = torch.randn((2, size), generator=generator) * 3
     allowed = sorted(set(torch.randint(size, (7,), generator=generator).tolist()))
     seqs = [sequence(seed=seed, logprobs=2, **params) for seed in range(2)]
-    constrained = [sequence(seed=seed, logprobs=2, allowed_token_ids=tuple(allowed), **params) for seed in range(2)]
+    constrained = [
+        sequence(seed=seed, logprobs=2, allowed_token_ids=tuple(allowed), **params) for seed in range(2)
+    ]
     alone = torch.full_like(logits, -torch.inf)
     alone[:, allowed] = logits[:, allowed]
     sampler = make_sampler(size)

@@ -38,7 +38,7 @@ class GrammarState:
         them does not match. Raises GrammarError.
         """
         self._fill(rows[0])
-        num_moved = 0
+        num_moved, num_filled = 0, 1
         try:
             for token_id, row in zip(draft, rows[1:], strict=True):
                 if token_id in self._stop_token_ids or not self._matcher.num_matching((token_id,)):
@@ -48,13 +48,14 @@ class GrammarState:
                 if self._matcher.is_complete:
                     break
                 self._fill(row)
+                num_filled += 1
             if num_moved:
                 self._matcher.rollback(num_moved)
         except GrammarError:
             # The guess went beyond a limit, or the grammar counts tokens and cannot go back.
             self._matcher = self._compiled.copy()
             self._matcher.consume(self._generated)
-        return 1 + num_moved
+        return num_filled
 
     def _fill(self, row: TokenMask) -> None:
         self._matcher.fill_mask(row.ctypes.data, row.nbytes)

@@ -91,9 +91,10 @@ class _Constraint:
         if self._allowed is not None:
             table &= self._allowed
         if self._bad_words:
-            generated = seq.token_ids[seq.num_prompt_tokens :]
+            longest = max(map(len, self._bad_words))
+            newest = seq.token_ids[max(seq.num_prompt_tokens, seq.num_tokens - longest) :]
             for count, row in enumerate(rows):
-                self._forbid_bad_words(row, [*generated, *draft[:count]])
+                self._forbid_bad_words(row, [*newest, *draft[:count]])
         return rows
 
     def take(self, sampled: list[SampledToken], draft: tuple[int, ...]) -> list[SampledToken]:
@@ -116,7 +117,7 @@ class _Constraint:
                 break
         return sampled
 
-    def _forbid_bad_words(self, row: TokenMask, generated: list[int]) -> None:
+    def _forbid_bad_words(self, row: TokenMask, newest: list[int]) -> None:
         for *before, last in self._bad_words:
-            if not before or generated[-len(before) :] == before:
+            if not before or newest[-len(before) :] == before:
                 set_token(row, last, allowed=False)
