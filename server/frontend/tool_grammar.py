@@ -18,7 +18,7 @@ CALL_HEAD = r'\{[ \t\r\n]{0,16}"name"[ \t\r\n]{0,4}:[ \t\r\n]{0,4}"'
 
 _CALL_HEAD_PARTS = '"{" WIDE? "\\"name\\"" NARROW? ":" NARROW?'
 _SPACE_RULES = "WIDE: /[ \\t\\r\\n]{1,16}/\nNARROW: /[ \\t\\r\\n]{1,4}/"
-"""CALL_HEAD in pieces: as one it would outbid the bracket that begins an answer in JSON, as longer pieces do."""
+"""CALL_HEAD in pieces: as one it would outbid the bracket of an answer in JSON, as longer pieces do."""
 
 _ARGUMENTS_HEAD = r',[ \t\r\n]{0,16}"parameters"[ \t\r\n]{0,4}:[ \t\r\n]{0,4}'
 _CALL_END = r"[ \t\r\n]{0,16}\}"
