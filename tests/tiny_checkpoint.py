@@ -12,7 +12,7 @@ from tests.fixtures_tokenizers import make_tiny_tokenizer, make_tiny_tokenizer_j
 CONTEXT = 512
 
 
-def write_tiny_checkpoint(directory: Path) -> Path:
+def write_tiny_checkpoint(directory: Path, context: int = CONTEXT) -> Path:
     """A Gemma 3 with a window of 8 tokens and the tiny tokenizer; its greedy output is long and varied."""
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -25,7 +25,7 @@ def write_tiny_checkpoint(directory: Path) -> Path:
         num_key_value_heads=2,
         head_dim=16,
         query_pre_attn_scalar=16,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         sliding_window=8,
         eos_token_id=1,
         bos_token_id=2,

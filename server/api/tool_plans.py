@@ -88,7 +88,10 @@ def _check_names(declared: Sequence[DeclaredTool]) -> None:
 
 
 async def _is_enforceable(item: DeclaredTool, grammars: GrammarChecker) -> bool:
-    """Whether the schema can be enforced as a whole, and not but for keywords that no grammar can express."""
+    """Whether all of the schema can be enforced; else all is but keywords that no grammar can express.
+
+    Raises InvalidRequestError where it is no schema, or where strictness was asked for.
+    """
     tool, param = item.tool, item.parameters_param
     if tool.parameters.get("type", "object") != "object":
         raise InvalidRequestError(f"'{param}' must be a schema of type 'object'.", param=param)

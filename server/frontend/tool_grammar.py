@@ -16,6 +16,10 @@ from server.tool_format import Tool, declarations_text
 CALL_HEAD = r'\{[ \t\r\n]{0,16}"name"[ \t\r\n]{0,4}:[ \t\r\n]{0,4}"'
 """A regular expression, to Python as to the grammar: a call up to its name."""
 
+_CALL_HEAD_PARTS = '"{" WIDE? "\\"name\\"" NARROW? ":" NARROW?'
+_SPACE_RULES = "WIDE: /[ \\t\\r\\n]{1,16}/\nNARROW: /[ \\t\\r\\n]{1,4}/"
+"""CALL_HEAD in pieces: as one it would outbid the bracket of an answer in JSON, as longer pieces do."""
+
 _ARGUMENTS_HEAD = r',[ \t\r\n]{0,16}"parameters"[ \t\r\n]{0,4}:[ \t\r\n]{0,4}'
 _CALL_END = r"[ \t\r\n]{0,16}\}"
 _GAP = r"[ ,\]\r\n]{0,8}(```[a-z_]{0,16}[ \[\r\n]{0,8}){0,2}"
@@ -54,7 +58,9 @@ class ToolPlan:
         tools = [tool for tool in self.tools if tool.name in self.names]
         numbers = range(len(tools))
         more = f" (GAP ({_any('call', numbers)}))* GAP?" if self.is_parallel else ""
-        first, rules = "call", [f"GAP: /{_GAP}/"] if self.is_parallel else []
+        first, rules = "call", [_SPACE_RULES]
+        if self.is_parallel:
+            rules.append(f"GAP: /{_GAP}/")
         if self.is_required:
             start = f"({_any(first, numbers)}){more}"
         elif answer is not None:
@@ -65,13 +71,12 @@ class ToolPlan:
             names = "|".join(sorted(self.names))
             rules.append(f'TEXT: /(?s:.*)/ & ~/(?s:.*){CALL_HEAD}({names})"(?s:.*)/')
         for number, tool in enumerate(tools):
-            head = f'{CALL_HEAD}{tool.name}"'
             if first == "begun":
                 # Lazy: the text ends with the first beginning of a call.
                 rules.append(f"begun_{number}: head_{number} rest_{number}")
-                rules.append(f"head_{number}[lazy]: /(?s:.*){head}/")
+                rules.append(f'head_{number}[lazy]: /(?s:.*){CALL_HEAD}{tool.name}"/')
             if first == "call" or self.is_parallel:
-                rules.append(f"call_{number}: /{head}/ rest_{number}")
+                rules.append(f'call_{number}: {_CALL_HEAD_PARTS} "\\"{tool.name}\\"" rest_{number}')
             schema = json.dumps(_arguments_schema(tool.parameters, tool.name in self.loose))
             rules.append(f"rest_{number}: /{_ARGUMENTS_HEAD}/ arguments_{number} /{_CALL_END}/")
             rules.append(f"arguments_{number}: %json {schema}")

@@ -6,13 +6,15 @@ The tiny checkpoint's weights are random: what it writes is valid because nothin
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
 import openai
 import pytest
 
-from tests.e2e.server_process import ServerProcess
+from tests.e2e.server_process import ServerProcess, running_server
+from tests.tiny_checkpoint import write_tiny_checkpoint
 
 SCHEMA = {
     "type": "object",
@@ -22,12 +24,21 @@ SCHEMA = {
 }
 NAMES = ("get_weather", "now")
 FUNCTIONS: list[Any] = [
-    {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}},
-    {"type": "function", "function": {"name": "now"}},
+    {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA, "strict": True}},
+    {"type": "function", "function": {"name": "now", "strict": True}},
 ]
 USER: Any = {"role": "user", "content": "hi"}
 SEEDS = range(4)
-MAX_TOKENS = 120
+MAX_TOKENS = 500
+"""The weights like spaces, wherever some may be written."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """With room for declarations, which take a token for nearly each character."""
+    checkpoint = write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "roomy", context=4096)
+    with running_server(checkpoint, "--dtype", "float32", "--num-threads", "1") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +97,7 @@ def test_a_named_call_is_of_that_tool_in_every_choice(client: openai.OpenAI, mod
 
 def test_several_calls_are_all_valid(client: openai.OpenAI, model: str) -> None:
     for seed in SEEDS:
-        (choice,) = client.chat.completions.create(
-            **options(model, tool_choice="required", seed=seed, max_tokens=300)
-        ).choices
+        (choice,) = client.chat.completions.create(**options(model, tool_choice="required", seed=seed)).choices
         calls = choice.message.tool_calls or []
         for call in calls if choice.finish_reason == "tool_calls" else calls[:-1]:
             assert_valid(call.function.name, json.loads(call.function.arguments))
@@ -100,8 +109,7 @@ def test_with_auto_random_weights_write_text(client: openai.OpenAI, model: str) 
     assert with_tools.choices[0].message.content
 
 
-def test_a_call_begun_by_the_model_itself_is_valid(client: openai.OpenAI, model: str) -> None:
-    # A stop string before the last tokens cannot cut a call either.
+def test_a_stop_string_does_not_cut_a_call(client: openai.OpenAI, model: str) -> None:
     asked = options(model, tool_choice="required", parallel_tool_calls=False, seed=3, stop=["}", '"'])
     (choice,) = client.chat.completions.create(**asked).choices
     assert choice.finish_reason == "tool_calls"
@@ -157,7 +165,9 @@ def test_the_anthropic_sdk_makes_a_round_trip(server: ServerProcess, model: str)
         {"role": "assistant", "content": answer.content},
         {"role": "user", "content": [result]},
     ]
-    counted = client.messages.count_tokens(model=model, messages=messages, tools=asked["tools"])
+    counted = client.messages.count_tokens(
+        model=model, messages=messages, tools=asked["tools"], tool_choice=asked["tool_choice"]
+    )
     again = client.messages.create(messages=messages, **asked)
     assert again.usage.input_tokens + (again.usage.cache_read_input_tokens or 0) == counted.input_tokens
     (use,) = again.content
