@@ -54,6 +54,7 @@ EXIT_FAILURES = 1
 EXIT_BAD_USAGE = 2
 POLL_SECONDS = 0.05
 BUSY_SECONDS = 0.1
+RESULT_START = b'{"id":"batch_req_'
 QUEUED_PER_SEAT = 2
 """Requests on their way for each that the engine computes, so that it always has a next one."""
 
@@ -123,7 +124,7 @@ def _opened_output(name: str, source: BinaryIO) -> Iterator[tuple[BinaryIO, dict
         file.seek(0)
         whole = 0  # bytes
         for number, raw in enumerate(file, start=1):
-            if not raw.endswith(b"\n"):
+            if not raw.endswith(b"\n") and RESULT_START.startswith(raw[: len(RESULT_START)]):
                 break  # a process died while it wrote this
             whole += len(raw)
             try:
@@ -153,7 +154,7 @@ def _answer(
         source, max_bytes=max_bytes, max_lines=sys.maxsize, urls=post_paths(BATCH_ROUTERS), models=None
     )
     if errors:
-        raise _InputError("\n".join(error.message for error in errors))
+        raise _InputError("\n".join(f"line {error.line}: {error.message}" for error in errors))
     runtime = Runtime(config, ProcessClient(config.log_level))
     requests: RouteRequests = create_app(runtime, policies=policies).state.requests
     source.seek(0)

@@ -136,3 +136,6 @@ def test_arguments_that_are_wrong_are_told(tmp_path: Path, capsys: pytest.Captur
     assert main(["run-batch", "--help"]) == 0
     assert "usage: gemma-server run-batch" in capsys.readouterr().out
     assert (tmp_path / "out").read_text() == "something else\n"
+    (tmp_path / "out").write_text("something else")
+    assert main(["run-batch", str(source), str(tmp_path / "out")]) == os.EX_DATAERR
+    assert (tmp_path / "out").read_text() == "something else"
