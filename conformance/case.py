@@ -87,7 +87,7 @@ async def _outcome(case: Case, server: Server) -> tuple[str, str]:
     except httpx.TimeoutException:
         return FAIL, f"no answer within {READ_SECONDS:g} s"
     except httpx.HTTPError as error:
-        return FAIL, f"{type(error).__name__}: {error or 'no answer'}"
+        return FAIL, f"{type(error).__name__}: {str(error) or 'no answer'}"
     except (KeyError, IndexError) as error:
         return FAIL, f"the answer lacks {error}"
     except Exception as error:  # whatever an answer of a wrong shape leads to must not end the suite

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from tests.e2e.server_process import ServerProcess
 from tests.sdk.conftest import API_KEY
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skip(reason="needs structured output and tool calls")]
 
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [
     {"role": "user", "content": "Paint the door red, twice."}
