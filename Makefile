@@ -58,9 +58,17 @@ bench: $(DEV)  ## Serve the embedded model and print the load generator's table;
 bench-quality: $(DEV)  ## Perplexity and greedy agreement of each number format on the embedded model
 	@$(BIN)/python -m benchmarks.quality $(ARGS)
 
+.PHONY: bench-structured
+bench-structured: $(DEV)  ## Throughput with and without a JSON schema, and the time to compile one
+	@$(BIN)/python -m benchmarks.structured $(ARGS)
+
 .PHONY: bench-peers
 bench-peers: $(DEV)  ## Measure vLLM, llama.cpp and this server in one run for docs/performance.md; ARGS="--help" lists its options
 	@$(BIN)/python -m benchmarks.peers.run $(ARGS)
+
+.PHONY: fuzz
+fuzz: $(DEV)  ## 5,000 requests made from the OpenAPI document, right and wrong ones, to a real server
+	@$(BIN)/python -m pytest -m slow tests/fuzz $(ARGS)
 
 .PHONY: conformance
 conformance: $(DEV)  ## Ask this server for all that OpenAI's API promises; another: ARGS="--base-url http://host:8000"

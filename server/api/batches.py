@@ -14,7 +14,7 @@ from server.api.openapi import body_of
 from server.api.query import AFTER, limit_of, limits, parameters
 from server.api.responses import json_response
 from server.api.serving import owner_of, read_body
-from server.api.wire_types import WireModel
+from server.api.protocol import WireModel
 from server.batches.objects import Batch, Page, RequestCounts
 from server.errors import InvalidRequestError, shown
 

@@ -16,26 +16,42 @@ class _Form(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=(), allow_inf_nan=False)
 
 
+FORM: Any = Field(description="What the output is to be. Required.")
+FORM_NAME: Any = Field(None, description="The form's, which nobody is told. Default: none.")
+FORM_DESCRIPTION: Any = Field(None, description="The form's, which nobody is told. Default: none.")
+FORM_STRICT: Any = Field(None, description="The schema is followed either way. Default: true.")
+
+
 class JsonSchemaFormat(_Form):
-    name: str | None = None
-    description: str | None = None
-    json_schema: JsonSchema = Field(alias="schema", description="Every keyword in it is followed, or refused.")
-    strict: bool | None = Field(None, description="The schema is followed either way.")
+    name: str | None = FORM_NAME
+    description: str | None = FORM_DESCRIPTION
+    json_schema: JsonSchema = Field(
+        alias="schema", description="Every keyword in it is followed, or refused. Required."
+    )
+    strict: bool | None = FORM_STRICT
 
 
 class ResponseFormat(_Form):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
+    type: Literal["text", "json_object", "json_schema"] = FORM
+    json_schema: JsonSchemaFormat | None = Field(
+        None, description="Of a `json_schema`. Default: none, in others."
+    )
     json_object_schema: JsonSchema | None = Field(
-        None, alias="schema", description="Of a `json_object`, as llama.cpp's server has it."
+        None,
+        alias="schema",
+        description="Of a `json_object`, as llama.cpp's server has it. Default: any object.",
     )
 
 
 class StructuredOutputs(_Form):
     """As vLLM has it. At most one of them may be given."""
 
-    json_schema: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema.")
-    regex: str | None = Field(None, description="What the whole text must match, in Rust's syntax.")
-    choice: Choices | None = Field(None, description="Texts of which the output is one.")
-    grammar: str | None = Field(None, description="In llguidance's Lark syntax, or in GBNF.")
-    json_object: bool | None = Field(None, description="Any JSON object.")
+    json_schema: dict[str, Any] | str | None = Field(
+        None, alias="json", description="A JSON schema. Default: none."
+    )
+    regex: str | None = Field(
+        None, description="What the whole text must match, in Rust's syntax. Default: none."
+    )
+    choice: Choices | None = Field(None, description="Texts of which the output is one. Default: none.")
+    grammar: str | None = Field(None, description="In llguidance's Lark syntax, or in GBNF. Default: none.")
+    json_object: bool | None = Field(None, description="Whether it is any JSON object. Default: false.")

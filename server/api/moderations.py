@@ -12,10 +12,9 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 
 from server.api.openapi import body_of
 from server.api.prompts import rendered_token_ids
-from server.api.protocol import MODEL, GenerationFields
+from server.api.protocol import MODEL, GenerationFields, WireModel
 from server.api.responses import Head
 from server.api.serving import admission_of, admit, answer, read_body, runtime_of, served_model
-from server.api.wire_types import WireModel
 from server.engine.types import SamplingParams
 from server.errors import InvalidRequestError
 from server.frontend.admission import resolve_max_tokens

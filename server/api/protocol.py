@@ -7,28 +7,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from server.api.field_types import BadWord, LogitBias, Prompts, StopStrings, TokenIds, TokensToKeep
 from server.api.formats import Choices, ResponseFormat, StructuredOutputs
 from server.api.tools import DeclaredTool, ToolChoiceField
-from server.api.wire_types import (
-    MAX_ALLOWED_TOKEN_IDS,
-    MAX_BAD_WORDS,
-    MAX_CACHE_SALT_CHARS,
-    MAX_CALLS,
-    MAX_LOGPROB_TOKEN_IDS,
-    MAX_MESSAGES,
-    MAX_N,
-    MAX_STOP_TOKEN_IDS,
-    BadWord,
-    LogitBias,
-    Prompts,
-    StopStrings,
-    TokenIds,
-    TokensToKeep,
-    WireModel,
-)
 from server.tool_format import Tool
+
+MAX_N = 128
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGPROB_TOKEN_IDS = 256
+MAX_ALLOWED_TOKEN_IDS = 16_384
+MAX_BAD_WORDS = 128
+MAX_MESSAGES = 10_000
+MAX_CACHE_SALT_CHARS = 128
+MAX_CALLS = 1024
+"""Tool calls in one message."""
+
+
+class WireModel(BaseModel):
+    """A JSON object from a client: no coercion ("5" is no number), unknown fields are kept to be named."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=(), allow_inf_nan=False)
+
 
 # Fields of several bodies.
 MODEL: Any = Field(None, description="A name of the served model. Default: the one there is.")
@@ -49,6 +50,14 @@ CONTINUE_FINAL_MESSAGE: Any = Field(
     " with. Default: false.",
 )
 ADD_SPECIAL_TOKENS: Any = Field(None, description="Begin with `<bos>`. Default: true.")
+TOP_P: Any = Field(
+    None,
+    ge=0,
+    le=1,
+    description="Sample of the likeliest tokens that have this much probability together; 0 is greedy."
+    " Default: 1.",
+)
+STREAM: Any = Field(None, description="Answer with server-sent events. Default: false.")
 RETURN_TOKEN_STRS: Any = Field(None, description="Return the tokens' texts, too. Default: false.")
 
 
@@ -66,13 +75,7 @@ class GenerationFields(WireModel):
 
     model: str | None = MODEL
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy. Default: 1.")
-    top_p: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Sample of the likeliest tokens that have this much probability together; 0 is greedy."
-        " Default: 1.",
-    )
+    top_p: float | None = TOP_P
     top_k: int | None = Field(
         None, ge=-1, description="Sample of so many likeliest tokens. -1 and 0 mean off. Default: off."
     )
@@ -128,10 +131,10 @@ class GenerationFields(WireModel):
         None, description="Texts that are not generated, alone or behind a space. Default: none."
     )
     response_format: ResponseFormat | None = Field(
-        None, description="The form of the output, as OpenAI has it. Default: text."
+        None, description="What form the output has, as OpenAI has it. Default: text."
     )
     structured_outputs: StructuredOutputs | None = Field(
-        None, description="The form of the output, as vLLM has it. Default: none."
+        None, description="What form the output has, as vLLM has it. Default: any."
     )
     guided_json: dict[str, Any] | str | None = Field(
         None, description="As `structured_outputs.json`. Default: none."
@@ -143,7 +146,7 @@ class GenerationFields(WireModel):
         None, description="As `structured_outputs.json_object`. Default: false."
     )
     n: int | None = Field(None, ge=1, le=MAX_N, description="Choices for each prompt. Default: 1.")
-    stream: bool | None = Field(None, description="Answer with server-sent events. Default: false.")
+    stream: bool | None = STREAM
     stream_options: StreamOptions | None = Field(
         None, description="What else a stream holds; needs `stream`. Default: nothing."
     )
@@ -197,14 +200,14 @@ TextParts = Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class CalledFunction(WireModel):
-    name: str
-    arguments: str = Field(description="JSON, as the model wrote it.")
+    name: str = Field(description="The function's. Required.")
+    arguments: str = Field(description="JSON, as the model wrote it. Required.")
 
 
 class MessageToolCall(WireModel):
-    id: str = Field(min_length=1)
-    type: Literal["function"] = "function"
-    function: CalledFunction
+    id: str = Field(min_length=1, description="What the result's `tool_call_id` repeats. Required.")
+    type: Literal["function"] = Field("function", description="The kind of call. Default: function.")
+    function: CalledFunction = Field(description="What was called, and with what. Required.")
 
 
 class Message(WireModel):
@@ -213,30 +216,33 @@ class Message(WireModel):
     )
     content: str | TextParts | None = Field(
         None,
-        description="Only text: this model sees no images and hears no audio. Null beside `tool_calls` alone."
-        " Default: none.",
+        description="Only text: this model sees no images and hears no audio. Default: none, which only an"
+        " assistant's message with `tool_calls` may have.",
     )
     tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] | None = Field(
-        None, max_length=MAX_CALLS, description="What the assistant called."
+        None, max_length=MAX_CALLS, description="What the assistant called. Default: nothing."
     )
-    tool_call_id: str | None = Field(None, description="The call whose result a `tool` message is.")
+    tool_call_id: str | None = Field(
+        None, description="The call whose result a `tool` message is. Default: none, in other messages."
+    )
 
 
 class FunctionDefinition(WireModel):
-    name: str = Field(description="1 to 128 letters, digits, underscores and dashes.")
-    description: str | None = None
+    name: str = Field(description="1 to 128 letters, digits, underscores and dashes. Required.")
+    description: str | None = Field(None, description="For the model to choose by. Default: none.")
     parameters: dict[str, Any] | None = Field(
         None, description="The JSON schema of the arguments. Default: there are none."
     )
     strict: bool | None = Field(
         None,
-        description="Refuse parameters of which a part cannot be enforced. All else is enforced in any case.",
+        description="Refuse parameters of which a part cannot be enforced; all else is enforced in any case."
+        " Default: false.",
     )
 
 
 class FunctionTool(WireModel):
-    type: Literal["function"]
-    function: FunctionDefinition
+    type: Literal["function"] = Field(description="The kind of tool. Required.")
+    function: FunctionDefinition = Field(description="The function itself. Required.")
 
 
 FunctionTools = Annotated[list[FunctionTool], Field(fail_fast=True)]
@@ -274,7 +280,7 @@ class ChatCompletionRequest(GenerationFields):
     echo: bool | None = Field(
         None, description="Put the last message, if the assistant's, before the output. Default: false."
     )
-    tools: FunctionTools | None = Field(None, description="Functions that the model may call.")
+    tools: FunctionTools | None = Field(None, description="Functions that the model may call. Default: none.")
     tool_choice: ToolChoiceField = Field(
         None, description="Whether and what the model calls. Default: `auto` with tools, `none` without."
     )

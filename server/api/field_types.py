@@ -1,29 +1,17 @@
-"""What the fields of requests hold: their types, and the limits of what is counted.
-
-Values are validated here where pydantic's own types would coerce them, be slow, or explain a mistake badly.
-"""
+"""The types of fields in requests that say more than pydantic's own, with the limits of their sizes."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema
 
 MAX_PROMPTS = 1024
 """Prompts in one completion request, as in vLLM."""
-MAX_N = 128
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 1000
-MAX_STOP_TOKEN_IDS = 256
-MAX_LOGPROB_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
-MAX_ALLOWED_TOKEN_IDS = 16_384
-MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 1000
-MAX_MESSAGES = 10_000
-MAX_CACHE_SALT_CHARS = 128
-MAX_CALLS = 1024
-"""Tool calls in one message."""
 
 
 def _strings(value: Any) -> tuple[str, ...]:
@@ -142,9 +130,3 @@ TokensToKeep = Annotated[int, Field(ge=-1, lt=2**63), AfterValidator(_not_zero)]
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 """Only the first mistake is noted: noting each of a million takes seconds, in which nothing else is served."""
 BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
-
-
-class WireModel(BaseModel):
-    """A JSON object from a client: no coercion ("5" is no number), unknown fields are kept to be named."""
-
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=(), allow_inf_nan=False)

@@ -1,0 +1,66 @@
+"""Requests that the OpenAPI document allows and forbids, made by schemathesis, against the real server."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import hypothesis
+import pytest
+import schemathesis
+
+from tests.e2e.server_process import ServerProcess, running_server
+
+NUM_REQUESTS = 5000
+SLOWEST_SECONDS = 30.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_no_request_of_five_thousand_breaks_the_server(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--dtype", "float32", "--max-model-len", "256", "--data-dir", str(tmp_path), "--strict", "false")
+    with running_server(tiny_checkpoint, *options) as server:
+        engine = server.engine.pid
+        statuses = _fuzz(server)
+        print("answers by status:", dict(sorted(statuses.items())))
+        assert sum(statuses.values()) >= NUM_REQUESTS
+        assert not [status for status in statuses if status >= 500]
+        assert server.engine.pid == engine
+        with server.client() as client:
+            answer = client.post("/v1/completions", json={"prompt": "after all that", "max_tokens": 4})
+            assert answer.status_code == 200
+        server.wait_metric("vllm:num_requests_running", 0)
+        server.wait_metric("vllm:kv_cache_usage_perc", 0)
+
+
+def _fuzz(server: ServerProcess) -> Counter[int]:
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    operations = [result.ok() for result in schema.get_all_operations()]
+    statuses: Counter[int] = Counter()
+    each = -(-NUM_REQUESTS // len(operations))
+    for operation in operations:
+        for mode in schemathesis.GenerationMode:
+            _fuzz_operation(operation, mode, -(-each // 2), server.url, statuses)
+    return statuses
+
+
+def _fuzz_operation(
+    operation: Any, mode: schemathesis.GenerationMode, count: int, url: str, statuses: Counter[int]
+) -> None:
+    @hypothesis.settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.seed(1)
+    @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+    def send(case: Any) -> None:
+        answer = case.call(base_url=url, timeout=SLOWEST_SECONDS)
+        statuses[answer.status_code] += 1
+        assert answer.status_code < 500, f"{case.as_curl_command()}\n{answer.text[:2000]}"
+
+    send()
