@@ -1,8 +1,8 @@
 """`make bench-structured`: what it costs to hold output to a JSON schema.
 
-Serves a model on a free port and loads it with and without a schema, in turns, at concurrency 1 and 16; then times
-the compiling of a schema of 200 lines. Guesses from repeated text are off, since JSON repeats itself and they would
-flatter it. Options that this module does not know go to the server.
+Serves a model on a free port and loads it with and without a schema, in turns, at concurrency 1 and 16; then
+times the compiling of a schema of 200 lines. Guesses from repeated text are off, since JSON repeats itself and
+they would flatter it. Options that this module does not know go to the server.
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ def endless_schema() -> dict[str, Any]:
             "name": {"type": "string", "maxLength": 30},
             "age": {"type": "integer", "minimum": 0, "maximum": 120},
             "role": {"enum": ["engineer", "teacher", "doctor", "artist"]},
-            "tags": {"type": "array", "items": {"type": "string", "maxLength": 20}, "minItems": 1, "maxItems": 4},
+            "tags": {
+                "type": "array",
+                "items": {"type": "string", "maxLength": 20},
+                "minItems": 1,
+                "maxItems": 4,
+            },
         },
         "required": ["name", "age", "role", "tags"],
         "additionalProperties": False,
@@ -116,8 +121,8 @@ async def _measure(url: str, server: subprocess.Popen[bytes], arguments: argpars
     plain, first, second = await _compile_seconds(url, model)
     result["schema_of_200_lines_ms"] = {"none": 1e3 * plain, "first": 1e3 * first, "again": 1e3 * second}
     print(
-        f"one token without a schema {1e3 * plain:.0f} ms; with a new schema of 200 lines {1e3 * first:.0f} ms, "
-        f"again {1e3 * second:.0f} ms"
+        f"one token without a schema {1e3 * plain:.0f} ms; with a new schema of 200 lines {1e3 * first:.0f} ms,"
+        f" again {1e3 * second:.0f} ms"
     )
     return result
 

@@ -58,7 +58,7 @@ class Group:
         """Decorator: the function below is the case `group.name`."""
 
         def add(check: Check) -> Check:
-            sentence = re.sub(r"_s(?=_|$)", "'s", check.__name__).replace("_", " ")  # type: ignore[attr-defined]
+            sentence = re.sub(r"_s(?=_|$)", "'s", check.__name__).replace("_", " ")
             self.cases.append(Case(f"{self.name}.{name}", check, sentence))
             return check
 

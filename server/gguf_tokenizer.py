@@ -156,8 +156,8 @@ def build_tokenizer_json(pieces: Sequence[str], types: Sequence[int], scores: Se
 def _merges(pieces: Sequence[str], vocab: Mapping[str, int], scores: Sequence[float]) -> list[str]:
     """Every split of a piece into two others: best score first, then the longest left and right.
 
-    Written as "left right", which `tokenizers` parses in a quarter less time than a pair. A piece with a space in
-    it needs no merge: the normalizer leaves no space in a text.
+    Written as "left right", which `tokenizers` parses in a quarter less time than a pair. A piece with a space
+    in it needs no merge: the normalizer leaves no space in a text.
     """
     merges: list[str] = []
     best_first = sorted(range(len(pieces)), key=lambda token_id: -scores[token_id])

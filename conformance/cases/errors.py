@@ -124,7 +124,12 @@ async def an_error_does_not_repeat_a_long_value(server: Server) -> None:
 
 @case("discreet")
 async def an_error_tells_nothing_of_the_server_s_insides(server: Server) -> None:
-    for body in ({"messages": 5}, {"messages": [{"role": "user", "content": {"a": 1}}]}, {"messages": [[]]}):
+    bodies: list[dict[str, object]] = [
+        {"messages": 5},
+        {"messages": [{"role": "user", "content": {"a": 1}}]},
+        {"messages": [[]]},
+    ]
+    for body in bodies:
         answer = await server.post(CHAT, server.chat_body() | body)
         refusal(answer)
         text = answer.content.decode("utf-8", "replace")

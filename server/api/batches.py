@@ -11,10 +11,10 @@ from pydantic import Field, StringConstraints
 
 from server.api.files import DEFAULT_LIFETIME_SECONDS, LIFETIMES, runner_of
 from server.api.openapi import body_of
+from server.api.protocol import WireModel
 from server.api.query import AFTER, limit_of, limits, parameters
 from server.api.responses import json_response
 from server.api.serving import owner_of, read_body
-from server.api.protocol import WireModel
 from server.batches.objects import Batch, Page, RequestCounts
 from server.errors import InvalidRequestError, shown
 

@@ -90,7 +90,7 @@ def gemma3_official(gemma3_tokenizer_file: Path) -> dict[str, Any]:
 
 
 def assert_official(made: dict[str, Any], official: dict[str, Any]) -> None:
-    """Equal but for `<image_soft_token>`, which no GGUF file of a text model has, and how merges are written."""
+    """Equal but for `<image_soft_token>`, which no GGUF file of a text model has, and how merges are spelt."""
     assert made["model"]["vocab"] == official["model"]["vocab"]
     assert made["model"]["merges"] == [" ".join(pair) for pair in official["model"]["merges"]]
     assert made["added_tokens"] == [

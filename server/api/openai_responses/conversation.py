@@ -51,7 +51,7 @@ def conversation(body: ResponsesRequest) -> list[ChatMessage]:
         match item.type:
             case "message":
                 role = _needed(item.role, f"{param}.role")
-                messages.append(ChatMessage(role, _text(_needed(item.content, f"{param}.content"))))
+                messages.append(ChatMessage(role, _text(item.content, f"{param}.content")))
             case "function_call":
                 call = _call(item, param)
                 called.add(call.id)
@@ -64,7 +64,7 @@ def conversation(body: ResponsesRequest) -> list[ChatMessage]:
                         "of that call_id; send it, too.",
                         param=f"{param}.call_id",
                     )
-                text = _text(_needed(item.output, f"{param}.output"))
+                text = _text(item.output, f"{param}.output")
                 messages.append(ChatMessage("tool", text, call_id=call_id))
     return messages
 
@@ -87,7 +87,7 @@ def response_format(body: ResponsesRequest) -> ResponseFormat | None:
     if wanted is None:
         return None
     if wanted.type != "json_schema":
-        return ResponseFormat(type=wanted.type)
+        return ResponseFormat.model_validate({"type": wanted.type})
     schema = _needed(wanted.json_schema, "text.format.schema")
     return ResponseFormat.model_validate({"type": "json_schema", "json_schema": {"schema": schema}})
 
@@ -114,11 +114,17 @@ def _append_call(messages: list[ChatMessage], call: ToolCall, param: str) -> Non
     messages[-1] = dataclasses.replace(last, calls=(*last.calls, call))
 
 
-def _text(content: str | Sequence[InputContent]) -> str:
+def _text(content: str | Sequence[InputContent] | None, param: str) -> str:
+    if content is None:
+        raise _missing(param)
     return content if isinstance(content, str) else join_text_parts(part.text for part in content)
 
 
 def _needed(value: Value | None, param: str) -> Value:
     if value is None:
-        raise InvalidRequestError(f"'{param}' is required.", param=param, code="missing_required_parameter")
+        raise _missing(param)
     return value
+
+
+def _missing(param: str) -> InvalidRequestError:
+    return InvalidRequestError(f"'{param}' is required.", param=param, code="missing_required_parameter")

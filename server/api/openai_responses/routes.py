@@ -100,7 +100,7 @@ def _logprobs(body: ResponsesRequest, max_logprobs: int) -> Logprobs:
 
 def _begun(body: ResponsesRequest, model: str) -> ResponseObject:
     format = body.text.format if body.text is not None else None
-    format = format or TextFormat(type="text")
+    format = format or TextFormat.model_validate({"type": "text"})
     return ResponseObject(
         id=f"resp_{uuid.uuid4().hex}",
         created_at=int(time.time()),

@@ -85,7 +85,9 @@ class ResponseWriter:
         yield self._told(f"response.{self._response.status}", response=self._response)
 
     def _gain(self, delta: TurnDelta) -> Iterator[ResponseEvent]:
-        logprobs = chat_logprobs(delta.logprobs, self._tokenizer).content if delta.logprobs else []
+        logprobs = []
+        if delta.logprobs:
+            logprobs = chat_logprobs(delta.logprobs, self._tokenizer, self._tokenizer.token_text).content
         for piece in delta.pieces:
             if isinstance(piece, TextPiece):
                 yield from self._gain_text(piece.text, logprobs)
