@@ -22,7 +22,8 @@ SMALL, LARGE = WEIGHTS = ("270m", "2b")
 
 _OF_ALL = (STANDARD, PREFILL, PREFIX, SAMPLING, INTERFERENCE)
 _SHORT = (STANDARD, PREFILL)
-_OF_BATCHES = (STANDARD, SAMPLING, MIXED)
+_WITHOUT_GUESSES = (STANDARD, SAMPLING, MIXED, SCALING)
+"""Guesses would hide what a step costs."""
 
 _NO_GUESSES = ("--speculative-ngram-tokens", "0")
 """As the peers run by default."""
@@ -45,11 +46,11 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("ours bf16", OURS, "bf16", (*_OF_ALL, MIXED, SCALING), WEIGHTS),
-    Variant("ours int8", OURS, "int8", (*_OF_ALL, MIXED, SCALING), WEIGHTS, options=("--quantization", "int8")),
-    Variant("ours bf16, no guesses", OURS, "bf16", _OF_BATCHES, options=_NO_GUESSES),
+    Variant("ours bf16", OURS, "bf16", (*_OF_ALL, MIXED), WEIGHTS),
+    Variant("ours int8", OURS, "int8", (*_OF_ALL, MIXED), WEIGHTS, options=("--quantization", "int8")),
+    Variant("ours bf16, no guesses", OURS, "bf16", _WITHOUT_GUESSES, options=_NO_GUESSES),
     Variant(
-        "ours int8, no guesses", OURS, "int8", _OF_BATCHES, options=("--quantization", "int8", *_NO_GUESSES)
+        "ours int8, no guesses", OURS, "int8", _WITHOUT_GUESSES, options=("--quantization", "int8", *_NO_GUESSES)
     ),
     Variant("vLLM bf16", VLLM, "bfloat16", (*_OF_ALL, MIXED), WEIGHTS, needs_avx512=True),
     # Without AVX-512 its matrix products are several times faster in float32 than in bf16.
