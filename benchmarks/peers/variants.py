@@ -50,7 +50,11 @@ VARIANTS = (
     Variant("ours int8", OURS, "int8", (*_OF_ALL, MIXED), WEIGHTS, options=("--quantization", "int8")),
     Variant("ours bf16, no guesses", OURS, "bf16", _WITHOUT_GUESSES, options=_NO_GUESSES),
     Variant(
-        "ours int8, no guesses", OURS, "int8", _WITHOUT_GUESSES, options=("--quantization", "int8", *_NO_GUESSES)
+        "ours int8, no guesses",
+        OURS,
+        "int8",
+        _WITHOUT_GUESSES,
+        options=("--quantization", "int8", *_NO_GUESSES),
     ),
     Variant("vLLM bf16", VLLM, "bfloat16", (*_OF_ALL, MIXED), WEIGHTS, needs_avx512=True),
     # Without AVX-512 its matrix products are several times faster in float32 than in bf16.

@@ -70,7 +70,6 @@ _INERT = frozenset(
         "metadata",
         "store",
         "service_tier",
-        "parallel_tool_calls",
         "prediction",
         "reasoning_effort",
         "verbosity",

@@ -79,6 +79,7 @@ class GrammarChecker:
         """Raises GrammarError for what the child does not survive, which next time may be another matter."""
         process = self._process
         if process is None or process.poll() is not None:
+            self._end()
             process = self._start()
         assert process.stdin is not None
         started = time.monotonic()

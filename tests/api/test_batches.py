@@ -300,7 +300,7 @@ def test_a_cancelled_batch_has_the_results_it_had(server: LiveServer) -> None:
 def stop_after(data: Path, num_results: int, num_lines: int, owner: str | None = None) -> str:
     """A batch on disk with so many of its results, as a server leaves it that is told to end."""
     with restarted(data, batch_concurrency=1) as server:
-        server.script.delay = 0.01
+        server.script.delay = 0.05
         batch = create(server, jsonl(*[line(str(n), max_tokens=3) for n in range(num_lines)]))
         wait_until(lambda: retrieve(server, batch["id"])["request_counts"]["completed"] >= num_results)
     batch_id: str = batch["id"]

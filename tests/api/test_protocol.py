@@ -14,7 +14,7 @@ from server.api import ignored_fields
 from server.api.formats import _Form
 from server.api.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields, WireModel
 from server.engine.types import GenerateRequest
-from tests.api.support import TOKENIZER, LiveServer
+from tests.api.support import TOKENIZER, LiveServer, live_server
 
 
 def subclasses(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
@@ -30,6 +30,13 @@ BODIES = sorted(
 )
 """Of all routes, and what is in them."""
 FIELDS = [(model, name) for model in BODIES for name in model.model_fields]
+
+
+@pytest.fixture(scope="module")
+def roomy() -> Iterator[LiveServer]:
+    """Tools take more tokens than the shared server's context has."""
+    with live_server(max_model_len=4096) as live:
+        yield live
 
 
 @pytest.fixture(scope="module")
@@ -166,13 +173,13 @@ def what_happens(server: LiveServer, route: str, body: dict[str, Any]) -> tuple[
     [(model, name) for model in ROUTES for name in model.model_fields],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_each_field_of_a_generating_request_acts(server: LiveServer, model: type[BaseModel], name: str) -> None:
-    server.script.token_ids = TOKENIZER.encode_controls("us<bos> ab<eos>")
+def test_each_field_of_a_generating_request_acts(roomy: LiveServer, model: type[BaseModel], name: str) -> None:
+    roomy.script.token_ids = TOKENIZER.encode_controls("us<bos> ab<eos>")
     route, body, examples = ROUTES[model]
     assert name in examples, f"{name} has no example of what it does"
     others, value = examples[name]
-    before, without = what_happens(server, route, body | others)
-    response, with_it = what_happens(server, route, body | others | {name: value})
+    before, without = what_happens(roomy, route, body | others)
+    response, with_it = what_happens(roomy, route, body | others | {name: value})
     assert before.status_code == 200
     assert "x-ignored-fields" not in response.headers
     assert with_it != without
