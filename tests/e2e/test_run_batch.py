@@ -67,7 +67,8 @@ def test_a_file_is_answered_and_one_that_was_begun_is_gone_on_with(
 
 def test_a_request_that_fails_shows_in_the_exit_code(tiny_checkpoint: Path, tmp_path: Path) -> None:
     source = write_requests(tmp_path / "in", {}, {"temperature": 9}, {"model": "nope"})
-    done = run(tiny_checkpoint, "-", "-", stdin=source.open("rb"))
+    with source.open("rb") as requests:
+        done = run(tiny_checkpoint, "-", "-", stdin=requests)
     assert done.returncode == 1, done.stderr.decode()
     statuses = {key: line["response"]["status_code"] for key, line in results(done.stdout).items()}
     assert statuses == {"0": 200, "1": 400, "2": 404}

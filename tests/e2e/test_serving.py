@@ -176,13 +176,13 @@ def test_a_shared_prefix_is_computed_once(server: ServerProcess) -> None:
         ({"prompt": [10**6]}, "prompt"),
         ({"prompt": ""}, None),
         ({"prompt": "a", "temperature": -1}, "temperature"),
-        ({"prompt": "a", "top_p": 0}, "top_p"),
+        ({"prompt": "a", "top_p": 1.5}, "top_p"),
         ({"prompt": "a", "n": 10**6}, "n"),
         ({"prompt": "a", "logprobs": 10**6}, "logprobs"),
         ({"prompt": "a", "logit_bias": {"999999": 1}}, "logit_bias"),
         ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids"),
         ({"prompt": "a", "seed": 2**70}, "seed"),
-        ({"prompt": "a", "guided_json": {}}, "guided_json"),
+        ({"prompt": "a", "guided_json": {"type": "nonsense"}}, "guided_json"),
     ],
 )
 def test_bad_input_is_named_and_harms_nobody(
