@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -19,15 +20,17 @@ async def own_server() -> AsyncIterator[Target]:
     """A server on a free port, with a key, for as long as the block lasts. Raises RuntimeError."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    process = _start(port)
-    try:
-        await wait_until_ready(url, process, START_SECONDS)
-        yield Target(url, api_key=API_KEY, started_with="gemma-server serve")
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+    with tempfile.TemporaryDirectory() as data:
+        process = _start(port, data)
+        try:
+            await wait_until_ready(url, process, START_SECONDS)
+            yield Target(url, api_key=API_KEY, started_with="gemma-server serve --data-dir DIRECTORY")
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
 
 
-def _start(port: int) -> subprocess.Popen[bytes]:
+def _start(port: int, data: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--api-key", API_KEY]
-    return subprocess.Popen([*command, "--disable-access-log", "--log-level", "warning"])
+    command += ["--data-dir", data, "--disable-access-log", "--log-level", "warning"]
+    return subprocess.Popen(command)

@@ -1,8 +1,7 @@
 """`make conformance-peers`: the suite against llama.cpp's server, and docs/conformance.md with it beside ours.
 
 llama.cpp is installed, and its weights are made, as the benchmark of peers does it. The weights have no chat
-template, so it is run twice: with Gemma 3's official one, and with ChatML, its own for such weights. Jinja runs
-both, as its documentation wants it for tools.
+template, so it gets Gemma 3's official one, run by Jinja, as its documentation wants it for tools.
 """
 
 from __future__ import annotations
@@ -81,10 +80,9 @@ def main() -> int:
         tools = install_llama_cpp(options.folder, weights.gguf)
         version = tools.description.split(" from ")[0]
         official = ("--chat-template-file", str(chat_template(RESULTS)))
-        reports = {"ours": asyncio.run(check_ours())}
-        for name, template in (("llama.cpp, Gemma's template", official), ("llama.cpp, ChatML", ())):
-            what = launch(tools.server, weights.gguf, *template)
-            reports[name] = asyncio.run(check_peer(name, f"({version})", what))
+        name = "llama.cpp"
+        peer = check_peer(name, f"({version})", launch(tools.server, weights.gguf, *official))
+        reports = {"ours": asyncio.run(check_ours()), name: asyncio.run(peer)}
     except (InstallError, ServerError, Failed, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1

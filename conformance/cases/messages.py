@@ -144,10 +144,13 @@ async def the_tokens_of_a_conversation_are_counted(server: Server) -> None:
     expect_equal(counted["input_tokens"], input_tokens((await message(server))["usage"]), "input_tokens")
 
 
+ANY_TOOL_ONCE = {"type": "any", "disable_parallel_tool_use": True}
+
+
 @case("tool")
 async def a_tool_that_must_be_used_is_used(server: Server) -> None:
     tool = {"name": "get_weather", "description": "The weather.", "input_schema": WEATHER_OF}
-    answer = await message(server, tools=[tool], tool_choice={"type": "any"}, max_tokens=200)
+    answer = await message(server, tools=[tool], tool_choice=ANY_TOOL_ONCE, max_tokens=200)
     uses = [block for block in answer["content"] if block["type"] == "tool_use"]
     expect(uses, "no tool is used")
     for use in uses:

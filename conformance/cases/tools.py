@@ -43,8 +43,9 @@ def check_call(call: Json) -> None:
 
 
 async def calls_of(server: Server, content: Json = QUESTION, **fields: Json) -> tuple[Json, list[Json]]:
-    """An answer and its calls, all of them checked."""
-    answer = await server.chat(content, **({"tools": [WEATHER], "max_tokens": 200} | fields))
+    """An answer and its calls, all of them checked: one call, for a base model would make them without end."""
+    one: Json = {"tools": [WEATHER], "max_tokens": 200, "parallel_tool_calls": False}
+    answer = await server.chat(content, **(one | fields))
     calls = answer["choices"][0]["message"].get("tool_calls") or []
     for call in calls:
         check_call(call)
@@ -150,7 +151,8 @@ def streamed_calls(stream: Stream) -> list[Json]:
 
 @case("stream")
 async def the_pieces_of_a_streamed_call_make_a_valid_call(server: Server) -> None:
-    stream = await server.stream_chat(QUESTION, tools=[WEATHER], tool_choice="required", max_tokens=200)
+    one: Json = {"tool_choice": "required", "max_tokens": 200, "parallel_tool_calls": False}
+    stream = await server.stream_chat(QUESTION, tools=[WEATHER], **one)
     calls = streamed_calls(stream)
     expect(calls, "there is no call")
     for call in calls:
@@ -161,6 +163,7 @@ async def the_pieces_of_a_streamed_call_make_a_valid_call(server: Server) -> Non
 @case("stream-same")
 async def a_streamed_call_is_that_of_the_whole_answer(server: Server) -> None:
     fields: Json = {"tools": [WEATHER, PAINT], "tool_choice": named("paint"), "max_tokens": 200}
+    fields["parallel_tool_calls"] = False
     _, whole = await calls_of(server, **fields)
     streamed = streamed_calls(await server.stream_chat(QUESTION, **fields))
     functions = [[call["function"] for call in calls] for calls in (streamed, whole)]

@@ -52,7 +52,8 @@ async def plan_tools(
         names=frozenset(tools if choice.names is None else choice.names),
         loose=frozenset(item.tool.name for item in loose),
         is_required=choice.mode == "required",
-        is_parallel=is_parallel,
+        # Who names the function wants its one call, as with OpenAI.
+        is_parallel=is_parallel and not (choice.mode == "required" and choice.names and len(choice.names) == 1),
     )
     return plan, loose_params
 

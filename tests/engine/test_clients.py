@@ -136,10 +136,11 @@ async def test_an_engine_whose_messages_cannot_be_taken_in_counts_as_dead(tiny_c
 async def test_a_killed_engine_is_noticed(tiny_checkpoint: Path) -> None:
     watched = Watched(ProcessClient())
     await watched.client.start(make_config(tiny_checkpoint))
-    reader = asyncio.create_task(watched.run(make_request("a", max_tokens=500)))
-    await asyncio.sleep(0.2)
+    outputs = watched.client.generate(make_request("a", max_tokens=500))
+    await anext(outputs)
     next(child for child in psutil.Process().children() if "server.engine.loop" in child.cmdline()).kill()
     with pytest.raises(EngineDeadError, match="signal 9"):
-        await reader
+        async for _ in outputs:
+            pass
     assert watched.deaths == ["the engine process ended with signal 9"]
     await watched.client.stop()

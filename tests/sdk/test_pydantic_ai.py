@@ -22,9 +22,9 @@ from pydantic_ai.tools import ToolDefinition
 from tests.e2e.server_process import ServerProcess
 from tests.sdk.conftest import API_KEY
 
-pytestmark = [pytest.mark.slow, pytest.mark.skip(reason="needs structured output and tool calls")]
+pytestmark = pytest.mark.slow
 
-SETTINGS = ModelSettings(temperature=0, max_tokens=300)
+SETTINGS = ModelSettings(temperature=0, max_tokens=300, parallel_tool_calls=False)
 QUESTION = "What is the weather in Paris?"
 
 
