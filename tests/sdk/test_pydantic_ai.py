@@ -5,6 +5,7 @@ A base model never ends a loop of its own will, so that the loop is held to its 
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Literal
 
 import openai
@@ -34,12 +35,12 @@ class Weather(BaseModel):
 
 
 @pytest.fixture
-def model(embedded: ServerProcess) -> OpenAIChatModel:
-    client = openai.AsyncOpenAI(base_url=f"{embedded.url}/v1", api_key=API_KEY, max_retries=0)
+async def model(embedded: ServerProcess) -> AsyncIterator[OpenAIChatModel]:
     profile = OpenAIModelProfile(supports_json_schema_output=True, openai_supports_strict_tool_definition=True)
     with embedded.client(headers={"authorization": f"Bearer {API_KEY}"}) as http:
         name = http.get("/v1/models").json()["data"][0]["id"]
-    return OpenAIChatModel(name, provider=OpenAIProvider(openai_client=client), profile=profile)
+    async with openai.AsyncOpenAI(base_url=f"{embedded.url}/v1", api_key=API_KEY, max_retries=0) as client:
+        yield OpenAIChatModel(name, provider=OpenAIProvider(openai_client=client), profile=profile)
 
 
 async def test_a_text_is_answered_and_counted(model: OpenAIChatModel) -> None:
