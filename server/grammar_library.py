@@ -25,6 +25,8 @@ from typing import ClassVar
 CONTROL_MARK = b"\xff"
 """The first byte of a control token's piece: no text matches it, only a grammar that names the token."""
 
+JSON_WHITESPACE = r" |\n[ \t]{0,20}"
+"""Between the parts of JSON, at most once: pretty-printed text fits, and no model can go on for ever."""
 MAX_GRAMMAR_CHARS = 262_144
 _MAX_LEXER_STATES = 20_000
 """For each sequence, at 1 to 2 kB each."""

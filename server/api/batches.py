@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, StringConstraints
 
+from server.api.field_types import WireModel
 from server.api.files import DEFAULT_LIFETIME_SECONDS, LIFETIMES, runner_of
 from server.api.openapi import body_of
-from server.api.protocol import WireModel
 from server.api.query import AFTER, limit_of, limits, parameters
 from server.api.responses import json_response
 from server.api.serving import owner_of, read_body

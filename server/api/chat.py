@@ -8,11 +8,11 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, UnsetType
 
-from server.api import ignored_fields, logprobs
+from server.api import logprobs
 from server.api.chat_messages import chat_messages
 from server.api.openapi import body_of
 from server.api.params import chat_logprobs, check_stream_options
-from server.api.protocol import ChatCompletionRequest, declared_tools
+from server.api.protocol import ChatCompletionRequest
 from server.api.responses import (
     AssistantMessage,
     ChatChoice,
@@ -28,7 +28,7 @@ from server.api.responses import (
     Usage,
 )
 from server.api.serving import ChunkUsage, answer, read_body, runtime_of, served_model, stream
-from server.api.tool_plans import plan_tools
+from server.api.tool_plans import plan_chat_tools
 from server.api.turns import begin_turn
 from server.engine.types import PromptTokenLogprob, TokenLogprob
 from server.frontend.tool_parser import ArgumentPiece, CallBegun, Piece, TextPiece
@@ -51,13 +51,7 @@ async def create_chat_completion(request: Request) -> Response:
     model = served_model(runtime, body.model)
     check_stream_options(body)
     messages = chat_messages(body.messages)
-    tools, loose = await plan_tools(
-        declared_tools(body.tools),
-        body.tool_choice,
-        runtime.grammars,
-        is_parallel=body.parallel_tool_calls is not False,
-    )
-    ignored_fields.add_to_header(headers, loose)
+    tools = await plan_chat_tools(body, runtime.grammars, headers)
     by_new_name = body.max_completion_tokens is not None
     turn = await begin_turn(
         request,

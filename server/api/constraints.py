@@ -23,11 +23,9 @@ from server.frontend.admission import check_token_ids
 from server.frontend.grammar_check import GrammarChecker
 from server.frontend.grammar_worker import Question, Syntax
 from server.frontend.served_model import ServedModel
-from server.grammar_library import GrammarError
+from server.grammar_library import JSON_WHITESPACE, GrammarError
 from server.tokenizer import InvalidTextError, Tokenizer
 
-_WHITESPACE = r" |\n[ \t]{0,20}"
-"""Between the parts of JSON, at most once: pretty-printed text fits, and no model can go on for ever."""
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 _IN_OUR_WORDS = {
     "Unimplemented keys:": "unsupported keywords:",
@@ -82,7 +80,7 @@ async def check_grammar(question: Question, grammars: GrammarChecker, param: str
 
 def json_grammar(schema: Mapping[str, Any]) -> str:
     """A grammar of the JSON texts that match a JSON schema."""
-    options = {"whitespace_pattern": _WHITESPACE}
+    options = {"whitespace_pattern": JSON_WHITESPACE}
     return json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": options}}]}, ensure_ascii=False)
 
 

@@ -1,10 +1,10 @@
-"""The types of fields in requests that say more than pydantic's own, with the limits of their sizes."""
+"""What all bodies are made of: their base, and types that say more than pydantic's own, with their limits."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 MAX_PROMPTS = 1024
 """Prompts in one completion request, as in vLLM."""
@@ -12,6 +12,12 @@ MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 1000
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORD_CHARS = 1000
+
+
+class WireModel(BaseModel):
+    """A JSON object from a client: no coercion ("5" is no number), unknown fields are kept to be named."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=(), allow_inf_nan=False)
 
 
 def _strings(value: Any) -> tuple[str, ...]:

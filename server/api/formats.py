@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from server.api.field_types import WireModel
 
 MAX_CHOICES = 10_000
 
 JsonSchema = dict[str, Any] | bool
 Choices = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
-
-
-class _Form(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=(), allow_inf_nan=False)
-
 
 FORM: Any = Field(description="What the output is to be. Required.")
 FORM_NAME: Any = Field(None, description="The form's, which nobody is told. Default: none.")
@@ -22,7 +19,7 @@ FORM_DESCRIPTION: Any = Field(None, description="The form's, which nobody is tol
 FORM_STRICT: Any = Field(None, description="The schema is followed either way. Default: true.")
 
 
-class JsonSchemaFormat(_Form):
+class JsonSchemaFormat(WireModel):
     name: str | None = FORM_NAME
     description: str | None = FORM_DESCRIPTION
     json_schema: JsonSchema = Field(
@@ -31,7 +28,7 @@ class JsonSchemaFormat(_Form):
     strict: bool | None = FORM_STRICT
 
 
-class ResponseFormat(_Form):
+class ResponseFormat(WireModel):
     type: Literal["text", "json_object", "json_schema"] = FORM
     json_schema: JsonSchemaFormat | None = Field(
         None, description="Of a `json_schema`. Default: none, in others."
@@ -43,7 +40,7 @@ class ResponseFormat(_Form):
     )
 
 
-class StructuredOutputs(_Form):
+class StructuredOutputs(WireModel):
     """As vLLM has it. At most one of them may be given."""
 
     json_schema: dict[str, Any] | str | None = Field(

@@ -10,9 +10,10 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, Struct, UnsetType
 from pydantic import Field, PlainValidator, WithJsonSchema
 
+from server.api.field_types import WireModel
 from server.api.openapi import body_of
 from server.api.prompts import rendered_token_ids
-from server.api.protocol import MODEL, GenerationFields, WireModel
+from server.api.protocol import MODEL, GenerationFields
 from server.api.responses import Head
 from server.api.serving import admission_of, admit, answer, read_body, runtime_of, served_model
 from server.engine.types import SamplingParams

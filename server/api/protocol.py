@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from server.api.field_types import BadWord, LogitBias, Prompts, StopStrings, TokenIds, TokensToKeep
+from server.api.field_types import BadWord, LogitBias, Prompts, StopStrings, TokenIds, TokensToKeep, WireModel
 from server.api.formats import Choices, ResponseFormat, StructuredOutputs
 from server.api.tools import DeclaredTool, ToolChoiceField
 from server.tool_format import Tool
@@ -23,13 +23,6 @@ MAX_MESSAGES = 10_000
 MAX_CACHE_SALT_CHARS = 128
 MAX_CALLS = 1024
 """Tool calls in one message."""
-
-
-class WireModel(BaseModel):
-    """A JSON object from a client: no coercion ("5" is no number), unknown fields are kept to be named."""
-
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=(), allow_inf_nan=False)
-
 
 # Fields of several bodies.
 MODEL: Any = Field(None, description="A name of the served model. Default: the one there is.")

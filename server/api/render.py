@@ -9,15 +9,14 @@ from typing import Literal
 from fastapi import APIRouter, Request, Response
 from msgspec import Struct
 
-from server.api import ignored_fields
 from server.api.chat_messages import chat_messages
 from server.api.completions import prompts_of
 from server.api.openapi import body_of
 from server.api.prompts import chat_prompt, truncated
-from server.api.protocol import ChatCompletionRequest, CompletionRequest, declared_tools
+from server.api.protocol import ChatCompletionRequest, CompletionRequest
 from server.api.responses import json_response
 from server.api.serving import read_body, runtime_of, served_model
-from server.api.tool_plans import plan_tools
+from server.api.tool_plans import plan_chat_tools
 from server.frontend.served_model import ServedModel
 
 router = APIRouter()
@@ -48,13 +47,7 @@ async def render_chat_completion(request: Request) -> Response:
     runtime = runtime_of(request)
     body, headers = await read_body(request, ChatCompletionRequest)
     model = served_model(runtime, body.model)
-    tools, loose = await plan_tools(
-        declared_tools(body.tools),
-        body.tool_choice,
-        runtime.grammars,
-        is_parallel=body.parallel_tool_calls is not False,
-    )
-    ignored_fields.add_to_header(headers, loose)
+    tools = await plan_chat_tools(body, runtime.grammars, headers)
     rendered = await chat_prompt(
         chat_messages(body.messages),
         model,

@@ -6,7 +6,9 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from server.api import ignored_fields
 from server.api.constraints import OutputConstraints, check_grammar
+from server.api.protocol import ChatCompletionRequest, declared_tools
 from server.api.tools import DeclaredTool, ToolChoice
 from server.errors import InvalidRequestError, shown
 from server.frontend.grammar_check import GrammarChecker
@@ -53,9 +55,23 @@ async def plan_tools(
         loose=frozenset(item.tool.name for item in loose),
         is_required=choice.mode == "required",
         # Who names the function wants its one call, as with OpenAI.
-        is_parallel=is_parallel and not (choice.mode == "required" and choice.names and len(choice.names) == 1),
+        is_parallel=is_parallel and not choice.is_named,
     )
     return plan, loose_params
+
+
+async def plan_chat_tools(
+    body: ChatCompletionRequest, grammars: GrammarChecker, headers: dict[str, str]
+) -> ToolPlan:
+    """A chat completion's plan; `headers` tell what it cannot hold the model to. Raises as `plan_tools`."""
+    plan, loose = await plan_tools(
+        declared_tools(body.tools),
+        body.tool_choice,
+        grammars,
+        is_parallel=body.parallel_tool_calls is not False,
+    )
+    ignored_fields.add_to_header(headers, loose)
+    return plan
 
 
 async def constrained_to(

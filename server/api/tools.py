@@ -18,6 +18,11 @@ class ToolChoice:
     names: tuple[str, ...] | None = None
     """Of the tools that may be called; None: any."""
 
+    @property
+    def is_named(self) -> bool:
+        """Whether it names the one function that is to be called."""
+        return self.mode == "required" and self.names is not None and len(self.names) == 1
+
 
 @dataclass(frozen=True, slots=True)
 class DeclaredTool:

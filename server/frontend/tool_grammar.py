@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from server.grammar_library import JSON_WHITESPACE
 from server.tool_format import Tool, declarations_text
 
 CALL_HEAD = r'\{[ \t\r\n]{0,16}"name"[ \t\r\n]{0,4}:[ \t\r\n]{0,4}"'
@@ -24,8 +25,6 @@ _ARGUMENTS_HEAD = r',[ \t\r\n]{0,16}"parameters"[ \t\r\n]{0,4}:[ \t\r\n]{0,4}'
 _CALL_END = r"[ \t\r\n]{0,16}\}"
 _GAP = r"[ ,\]\r\n]{0,8}(```[a-z_]{0,16}[ \[\r\n]{0,8}){0,2}"
 """Between calls and after them: models fence calls, or make a list of them."""
-_JSON_SPACE = r" |\n[ \t]{0,20}"
-"""Between the parts of JSON, at most once: a model that has lost its way would write spaces for ever."""
 _COMBINING_KEYS = frozenset(
     {"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "unevaluatedProperties", "dependentSchemas"}
 )
@@ -109,5 +108,5 @@ def _arguments_schema(parameters: dict[str, Any], is_loose: bool) -> dict[str, A
     if not _COMBINING_KEYS & schema.keys():
         # An invented argument would be valid, and of no use to anybody.
         schema.setdefault("additionalProperties", not ("properties" in schema or not parameters))
-    schema["x-guidance"] = {"lenient": is_loose, "whitespace_pattern": _JSON_SPACE}
+    schema["x-guidance"] = {"lenient": is_loose, "whitespace_pattern": JSON_WHITESPACE}
     return schema

@@ -267,6 +267,15 @@ class LiveServer:
         wait_until(lambda: not self.engine.running and self.in_flight == 0)
 
 
+def fresh(live: LiveServer) -> Iterator[LiveServer]:
+    """A fixture's server for one test: with a new script before, and idle again after it."""
+    live.engine.script = Script()
+    live.engine.submitted.clear()
+    live.engine.aborted.clear()
+    yield live
+    live.assert_idle()
+
+
 @contextmanager
 def live_server(
     *, loaded: bool = True, max_model_len: int = MAX_MODEL_LEN, **options: Any
@@ -328,6 +337,18 @@ def events(response_text: str) -> list[str]:
     assert payloads.count("[DONE]") == 1
     assert payloads[-1] == "[DONE]"
     return payloads[:-1]
+
+
+def named_events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The data of a stream whose events have names: those of their types."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    found = []
+    for block in response.text.removesuffix("\n\n").split("\n\n"):
+        name, data = block.split("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        found.append(event)
+    return found
 
 
 def chunks(response: httpx.Response) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 
 from server.chat_template import ChatMessage, render_chat
 from server.tool_format import Tool, ToolCall, declarations_text
-from tests.api.support import MODEL, TOKENIZER, LiveServer, Script, live_server
+from tests.api.support import MODEL, TOKENIZER, LiveServer, fresh, live_server, named_events
 
 USER = {"role": "user", "content": "weather?"}
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -30,10 +30,7 @@ def _roomy() -> Iterator[LiveServer]:
 
 @pytest.fixture
 def server(_roomy: LiveServer) -> Iterator[LiveServer]:
-    _roomy.engine.script = Script()
-    _roomy.engine.submitted.clear()
-    yield _roomy
-    _roomy.assert_idle()
+    yield from fresh(_roomy)
 
 
 @pytest.fixture
@@ -45,17 +42,6 @@ def sdk(server: LiveServer) -> Iterator[anthropic.Anthropic]:
 def post(server: LiveServer, **fields: Any) -> httpx.Response:
     body = {"model": MODEL, "max_tokens": 100, "messages": [USER], **fields}
     return server.http.post("/v1/messages", json=body)
-
-
-def events(response: httpx.Response) -> list[dict[str, Any]]:
-    assert response.headers["content-type"].startswith("text/event-stream")
-    found = []
-    for block in response.text.removesuffix("\n\n").split("\n\n"):
-        name, data = block.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        found.append(event)
-    return found
 
 
 def assert_error(response: httpx.Response, status: int, kind: str) -> str:
@@ -110,7 +96,7 @@ def test_the_end_is_told_as_anthropic_does(server: LiveServer) -> None:
 
 
 def test_a_stream_has_anthropic_s_events_in_order(server: LiveServer) -> None:
-    found = events(post(server, stream=True))
+    found = named_events(post(server, stream=True))
     names = [event["type"] for event in found]
     assert names[:3] == ["message_start", "ping", "content_block_start"]
     assert set(names[3:-3]) == {"content_block_delta"}
@@ -132,7 +118,7 @@ def test_a_stream_has_anthropic_s_events_in_order(server: LiveServer) -> None:
 @pytest.mark.parametrize("tokens_per_output", [1, 1000])
 def test_a_streamed_tool_use_is_a_block_of_its_own(server: LiveServer, tokens_per_output: int) -> None:
     server.script.text, server.script.tokens_per_output = f"Look: {CALL}\n{CALL}", tokens_per_output
-    found = events(post(server, tools=[GET], stream=True))
+    found = named_events(post(server, tools=[GET], stream=True))
     starts = [event for event in found if event["type"] == "content_block_start"]
     assert [start["index"] for start in starts] == [0, 1, 2]
     assert [start["content_block"]["type"] for start in starts] == ["text", "tool_use", "tool_use"]
@@ -157,13 +143,13 @@ def test_a_streamed_tool_use_is_a_block_of_its_own(server: LiveServer, tokens_pe
 
 def test_an_error_while_streaming_is_an_event(server: LiveServer) -> None:
     server.script.error_after = 2
-    found = events(post(server, stream=True))
+    found = named_events(post(server, stream=True))
     assert found[-1] == {
         "type": "error",
         "error": {"type": "api_error", "message": "The engine could not complete this request."},
     }
     server.script.error_after, server.script.crash_after = None, 2
-    last = events(post(server, stream=True))[-1]
+    last = named_events(post(server, stream=True))[-1]
     assert last["error"]["type"] == "api_error"
     assert "secret" not in last["error"]["message"]
 

@@ -12,7 +12,7 @@ import pytest
 
 from server.chat_template import ChatMessage, render_chat
 from server.tool_format import Tool, ToolCall, declarations_text
-from tests.api.support import MODEL, TOKENIZER, LiveServer, Script, assert_error, live_server
+from tests.api.support import MODEL, TOKENIZER, LiveServer, assert_error, fresh, live_server, named_events
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 GET = {"type": "function", "name": "get", "description": "Gets.", "parameters": PARAMETERS}
@@ -28,10 +28,7 @@ def _roomy() -> Iterator[LiveServer]:
 
 @pytest.fixture
 def server(_roomy: LiveServer) -> Iterator[LiveServer]:
-    _roomy.engine.script = Script()
-    _roomy.engine.submitted.clear()
-    yield _roomy
-    _roomy.assert_idle()
+    yield from fresh(_roomy)
 
 
 @pytest.fixture
@@ -45,13 +42,7 @@ def post(server: LiveServer, **fields: Any) -> httpx.Response:
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
-    assert response.headers["content-type"].startswith("text/event-stream")
-    found = []
-    for block in response.text.removesuffix("\n\n").split("\n\n"):
-        name, data = block.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        found.append(event)
+    found = named_events(response)
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     return found
 

@@ -11,7 +11,7 @@ from llguidance import LLMatcher
 
 from server.chat_template import ChatMessage, render_chat
 from server.tool_format import Tool, ToolCall, declarations_text
-from tests.api.support import TOKENIZER, LiveServer, Script, assert_error, chunks, live_server
+from tests.api.support import TOKENIZER, LiveServer, assert_error, chunks, fresh, live_server
 from tests.grammars import accepts
 
 USER = {"role": "user", "content": "weather?"}
@@ -31,10 +31,9 @@ def _roomy() -> Iterator[LiveServer]:
 
 @pytest.fixture
 def server(_roomy: LiveServer) -> Iterator[LiveServer]:
-    _roomy.engine.script = Script(text=CALL)
-    _roomy.engine.submitted.clear()
-    yield _roomy
-    _roomy.assert_idle()
+    for live in fresh(_roomy):
+        live.script.text = CALL
+        yield live
 
 
 def grammar(server: LiveServer) -> str | None:

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from server.api.protocol import MESSAGES, MODEL, STREAM, TOP_P, TextPart, WireModel
+from server.api.field_types import WireModel
+from server.api.protocol import MESSAGES, MODEL, STREAM, TOP_P, TextPart
 
 MAX_STOP_SEQUENCES = 4
 MAX_STOP_CHARS = 1000

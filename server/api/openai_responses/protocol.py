@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from server.api.field_types import WireModel
 from server.api.formats import FORM, FORM_DESCRIPTION, FORM_NAME, FORM_STRICT, JsonSchema
-from server.api.protocol import MAX_MESSAGES, MODEL, STREAM, TOP_P, WireModel
+from server.api.protocol import MAX_MESSAGES, MODEL, STREAM, TOP_P
 from server.api.tools import ToolChoiceField
 
 LOGPROBS = "message.output_text.logprobs"

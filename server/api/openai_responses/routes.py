@@ -125,6 +125,6 @@ def _shown_choice(choice: ToolChoice | None, *, has_tools: bool) -> str | dict[s
     if choice.names is None:
         return choice.mode
     named = [{"type": "function", "name": name} for name in choice.names]
-    if choice.mode == "required" and len(named) == 1:
+    if choice.is_named:
         return named[0]
     return {"type": "allowed_tools", "mode": choice.mode, "tools": named}
