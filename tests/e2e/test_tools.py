@@ -135,7 +135,7 @@ def test_responses_make_a_round_trip(client: openai.OpenAI, model: str) -> None:
     assert call.type == "function_call"
     assert_valid(call.name, json.loads(call.arguments))
     result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "warm"}
-    with client.responses.stream(input=[USER, call, result], **asked) as stream:  # type: ignore[list-item]
+    with client.responses.stream(input=[USER, call, result], **asked) as stream:  # type: ignore[list-item]  # plain dicts
         (streamed,) = stream.get_final_response().output
     assert streamed.type == "function_call"
     assert_valid(streamed.name, json.loads(streamed.arguments))

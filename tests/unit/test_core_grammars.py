@@ -76,7 +76,7 @@ def test_preemption_and_guesses_change_no_text(seed: int, max_draft_tokens: int)
     engine = make_engine(
         num_blocks=[14], max_num_seqs=6, max_num_batched_tokens=12, max_draft_tokens=max_draft_tokens
     )
-    engine.model = Constrained(engine)  # type: ignore[assignment]
+    engine.model = Constrained(engine)  # type: ignore[assignment]  # a stand-in
     vocabulary = make_vocabulary()
     compiled = {name: vocabulary.compile(language.grammar) for name, language in LANGUAGES.items()}
     chance = random.Random(seed)
