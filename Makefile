@@ -62,6 +62,10 @@ bench-quality: $(DEV)  ## Perplexity and greedy agreement of each number format 
 bench-structured: $(DEV)  ## Throughput with and without a JSON schema, and the time to compile one
 	@$(BIN)/python -m benchmarks.structured $(ARGS)
 
+.PHONY: bench-batch
+bench-batch: $(DEV)  ## What clients notice of a batch that runs beside them
+	@$(BIN)/python -m benchmarks.beside_batch $(ARGS)
+
 .PHONY: bench-peers
 bench-peers: $(DEV)  ## Measure vLLM, llama.cpp and this server in one run for docs/performance.md; ARGS="--help" lists its options
 	@$(BIN)/python -m benchmarks.peers.run $(ARGS)
