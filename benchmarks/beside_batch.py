@@ -91,7 +91,7 @@ async def _measure(server_options: Sequence[str], arguments: argparse.Namespace)
                         url=url,
                         model=model,
                         concurrency=concurrency,
-                        requests=10 * concurrency,
+                        requests=max(10, 3 * concurrency),
                         prompt_tokens=128,
                         output_tokens=64,
                         # Another for each run, lest the prefix cache answer the next run's prompts.
