@@ -97,7 +97,8 @@ class EngineCore:
         finished = self._clock()
         num_streams = sum(scheduled.num_new - len(scheduled.draft) == 1 for scheduled in batch.sequences)
         num_prefill_tokens = batch.num_tokens - batch.num_draft_tokens - num_streams
-        self._pacer.record(num_streams, num_prefill_tokens, finished - started)
+        if not executed.failed:
+            self._pacer.record(num_streams, num_prefill_tokens, finished - started)
         outputs, self._terminal = self._terminal + outputs, []
         return StepOutput(outputs=outputs, stats=self._stats(batch, finished - started))
 

@@ -30,7 +30,7 @@ from server.engine.types import (
     StepStats,
     TokenLogprob,
 )
-from server.frontend.client import EngineDeadError
+from server.frontend.client import EngineDeadError, EngineLoss
 from server.frontend.mailbox import no_vocabulary
 from server.frontend.served_model import ServedModel
 from server.runtime import Phase, Runtime
@@ -74,6 +74,9 @@ class FakeEngineClient:
     def __init__(self) -> None:
         self.on_loading: Callable[[Loading], None] = lambda loading: None
         self.on_step: Callable[[StepStats], None] = lambda stats: None
+        self.on_loss: Callable[[EngineLoss], None] = lambda loss: None
+        self.on_return: Callable[[EngineInfo], None] = lambda info: None
+        self.on_silence: Callable[[bool], None] = lambda is_silent: None
         self.on_death: Callable[[str], None] = lambda reason: None
         self.make_vocabulary = no_vocabulary
         self.script = Script()
