@@ -61,6 +61,7 @@ class Script:
     """Tokens after which the engine gives up on a sequence."""
     death_after: int | None = None
     """Tokens after which the engine dies."""
+    death: type[EngineDeadError] = EngineDeadError
     crash_after: int | None = None
     """Tokens after which something unforeseen happens."""
     cached_tokens: int = 0
@@ -121,7 +122,7 @@ class FakeEngineClient:
                 )
                 return
             if number == script.death_after:
-                raise EngineDeadError("killed by signal 9 in /secret/path")
+                raise script.death("killed by signal 9 in /secret/path")
             if number == script.crash_after:
                 raise ZeroDivisionError("secret /path")
             pending.append(token_id)
