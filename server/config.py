@@ -127,9 +127,9 @@ class ServerConfig(BaseModel):
 
     engine_silence_timeout: float = Field(
         90.0,
-        gt=3,
-        description="Seconds without a sign of life after which the engine's process is ended and replaced. It is "
-        "not ready after 3.",
+        gt=1,
+        description="Seconds without a sign of life after which the engine's process is ended and replaced. "
+        "After 3 the server is not ready.",
     )
     engine_step_timeout: float = Field(
         300.0,

@@ -150,8 +150,13 @@ def test_files_are_short(path: Path) -> None:
 
 @pytest.mark.covers("E13")
 def test_nothing_waits_by_a_clock_that_can_be_set() -> None:
-    """Wall-clock time is for what clients are told, and for batches and files, whose times outlive the process."""
-    tells = {"server.runtime", "server.api.responses", "server.api.openai_responses.routes", "server.api.batches"}
+    """Wall-clock time is for what clients are told, and for batches and files, which outlive the process."""
+    tells = {
+        "server.runtime",
+        "server.api.responses",
+        "server.api.openai_responses.routes",
+        "server.api.batches",
+    }
     guilty = {
         _module_name(path)
         for path in SOURCES

@@ -2,8 +2,8 @@
 
 - /livez: should the process be left alone? Its event loop answers, and it has not given up on its engine.
 - /startupz: is the load over? 503 before, with how far it is.
-- /readyz, and /health as vLLM calls it: should traffic come here? The model is loaded, and its engine shows signs
-  of life.
+- /readyz, and /health as vLLM calls it: should traffic come here? The model is loaded, and its engine shows
+  signs of life.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ and the scheduler takes the result in. Laws:
 2. Only `runner.execute` touches the device. Nothing here imports torch.
 3. A step that fails ends the sequences that it computed and no others (`server/engine/faults.py`); of what it
    wrote nothing is found again.
-4. An exception out of `step` means that KV cache or device are in an unknown state: the owner must let the engine
-   die.
+4. An exception out of `step` means that KV cache or device are in an unknown state: the owner must let the
+   engine die.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 `serve` is the loop itself, fed by a queue and emptied by a function, so that a thread can run it as well as a
 process. `main` is the child process: `python -m server.engine.loop --fd N`, with N one end of a socket pair.
-One of its threads reads the socket, one writes to it, one sends heartbeats, and the main thread alone touches the
-model.
+One of its threads reads the socket, one writes to it, one sends heartbeats, and the main thread alone touches
+the model.
 """
 
 from __future__ import annotations

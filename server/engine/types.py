@@ -8,8 +8,8 @@ exchange:
 2. For each `Submit` the engine answers any number of `SequenceOutput`s, of which exactly one, the last, has a
    `finish_reason`. An id that was aborted gets its terminal output too.
 3. `Abort` is idempotent and may name ids that the engine never saw or has already finished.
-4. `Began` names each sequence once, before the first step that computes it: if the engine dies in that step, the
-   front knows whose it was.
+4. `Began` names each sequence once, before the first step that computes it: if the engine dies in that step,
+   the front knows whose it was.
 5. A `Heartbeat` comes every HEARTBEAT_SECONDS from the process's first moment on, whatever the engine is doing.
 6. End of file on the socket means that the other side is dead. There is no other death notice.
 """

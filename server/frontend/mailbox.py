@@ -5,8 +5,8 @@ Laws:
 2. Outputs that arrive faster than they are read are merged, so that a slow reader costs memory for its tokens
    and nothing else.
 3. A reader that leaves before the terminal output causes exactly one Abort, if the engine knows its request.
-4. An engine that ends takes along those that had an output. The others are sent to the next one, in their order:
-   a reader never sees the beginning of two answers.
+4. An engine that ends takes along those that had an output. The others are sent to the next one, in their
+   order: a reader never sees the beginning of two answers.
 5. A request is begun by at most 1 + MAX_RERUNS engines that end before its first output. From the second on it
    is alone to blame: until that output nothing behind it is sent.
 """
@@ -120,7 +120,7 @@ def merge(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
 
 
 class MailboxClient(abc.ABC):
-    """An EngineClient but for the transport: subclasses send messages and call `_deliver`, `_lose` and `_die`."""
+    """An EngineClient but for the transport: subclasses send messages and call `_deliver`, `_lose`, `_die`."""
 
     def __init__(self) -> None:
         self.on_loading: Callable[[Loading], None] = lambda loading: None

@@ -47,17 +47,25 @@ class ProcessClient(MailboxClient):
         self._process.send(message)
 
     async def _supervise(self, started: asyncio.Future[EngineInfo], start: Start) -> None:
-        while True:
-            cause, reason = await self._run(start)
-            delay = self._restarts.ended() if started.done() else None
-            if delay is None:
-                self._die(reason)
-                return
-            self._lose(cause, reason)
-            logger.info("engine %d in a row starts in %.0f s", self._restarts.num_in_a_row, delay)
-            await asyncio.sleep(delay)
-            # Here and not in a thread: the kernel ends a process with the thread that made it.
-            self._process = EngineProcess(self._options.log_level)
+        try:
+            while True:
+                cause, reason = await self._run(start)
+                delay = self._restarts.ended() if started.done() else None
+                if delay is None:
+                    self._die(reason)
+                    return
+                self._lose(cause, reason)
+                logger.info(
+                    "the next engine starts in %.0f s; %d in a row have ended and had completed no request",
+                    delay,
+                    self._restarts.num_in_a_row,
+                )
+                await asyncio.sleep(delay)
+                # Here and not in a thread: the kernel ends a process with the thread that made it.
+                self._process = EngineProcess(self._options.log_level)
+        except Exception:  # no process to be had, or a bug: with no engine to come, every request would wait
+            logger.exception("the engine cannot be replaced")
+            self._die("the engine cannot be replaced")
 
     async def _run(self, start: Start) -> tuple[LossCause, str]:
         """From the present process's start to its end, and why it ended."""

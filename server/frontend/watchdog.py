@@ -75,7 +75,9 @@ class Restarts:
     def heard(self, message: FromEngine) -> None:
         if isinstance(message, Ready):
             self._ready_at = self._clock()
-        if isinstance(message, StepOutput) and any(output.finish_reason in _COMPLETE for output in message.outputs):
+        if isinstance(message, StepOutput) and any(
+            output.finish_reason in _COMPLETE for output in message.outputs
+        ):
             self.num_in_a_row = 0
 
     def ended(self) -> float | None:

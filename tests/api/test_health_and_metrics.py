@@ -39,7 +39,11 @@ def test_while_the_engine_is_restarted_new_work_is_told_to_come_back() -> None:
         server.runtime.client.on_loss(EngineLoss(LossCause.ENDED, "signal 9 at /secret/path", 3, 2))
         assert statuses(server) == {"/livez": 200, "/startupz": 200, "/readyz": 503, "/health": 503}
         server.runtime.client.on_loading(Loading("weights", 0.25))
-        assert server.http.get("/readyz").json() == {"status": "restarting", "stage": "weights", "fraction": 0.25}
+        assert server.http.get("/readyz").json() == {
+            "status": "restarting",
+            "stage": "weights",
+            "fraction": 0.25,
+        }
         for response in (server.chat(), server.chat(stream=True), server.complete()):
             assert_error(response, 503, code="engine_unavailable")
             assert int(response.headers["retry-after"]) > 0

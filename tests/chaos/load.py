@@ -15,7 +15,7 @@ LONGEST_ANSWER_SECONDS = 60.0
 
 
 class Load:
-    """`concurrency` clients in threads, half of which stream. Every answer is checked and counted by its end."""
+    """`concurrency` clients in threads, half of which stream. Every answer is checked and counted."""
 
     def __init__(self, url: str, concurrency: int) -> None:
         self._url = url

@@ -43,10 +43,11 @@ def test_an_engine_that_is_killed_is_replaced_and_who_waited_is_answered(tiny_ch
         engine = server.engine
         engine.suspend()
         answers: list[httpx.Response] = []
-        waiting = [
-            threading.Thread(target=lambda: answers.append(httpx.post(f"{server.url}/v1/completions", json=request)))
-            for _ in range(3)
-        ]
+
+        def ask() -> None:
+            answers.append(httpx.post(f"{server.url}/v1/completions", json=request, timeout=60))
+
+        waiting = [threading.Thread(target=ask) for _ in range(3)]
         for thread in waiting:
             thread.start()
         time.sleep(0.5)
@@ -78,7 +79,9 @@ def test_nothing_listens_but_the_port(server: ServerProcess) -> None:
         if connection.status == psutil.CONN_LISTEN
     ]
     assert listening == [int(server.url.rpartition(":")[2])]
-    assert not any(connection.laddr for process in processes for connection in process.net_connections(kind="unix"))
+    assert not any(
+        connection.laddr for process in processes for connection in process.net_connections(kind="unix")
+    )
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ class StartError(ValueError):
 def build_engine(
     config: EngineConfig, progress: Callable[[str, float], None], wake: Callable[[], None]
 ) -> tuple[EngineCore, EngineInfo]:
-    """`config.model_path` is a directory; each line of a file `starts` there is one start, and tells how it goes."""
+    """`config.model_path` is a directory. Each line of a file `starts` in it says how one start goes."""
     plan = Path(config.model_path, "starts")
     way, *others = plan.read_text().split() if plan.exists() else ["well"]
     if plan.exists() and others:

@@ -37,11 +37,14 @@ class RecordingClient(MailboxClient):
         super().__init__()
         self.sent: list[ToEngine] = []
         """To the present engine."""
+        self.has_submitted = asyncio.Event()
         self.losses: list[EngineLoss] = []
         self.on_loss = self.losses.append
 
     def _send(self, message: ToEngine) -> None:
         self.sent.append(message)
+        if isinstance(message, Submit):
+            self.has_submitted.set()
 
     def deliver(self, *outputs: SequenceOutput) -> None:
         self._deliver(StepOutput(list(outputs), StepStats()))
@@ -281,8 +284,7 @@ async def test_each_engine_gets_the_vocabulary_before_the_first_grammar() -> Non
 
     client.make_vocabulary = make_vocabulary
     reader = asyncio.create_task(collect(client, make_request("a", grammar="start: /a/")))
-    while not client.submitted:
-        await asyncio.sleep(0.001)
+    await client.has_submitted.wait()
     assert client.sent[0] == vocabulary
     client.lose()
     client.come_back()

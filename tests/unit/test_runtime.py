@@ -16,7 +16,6 @@ from server.frontend.client import EngineDeadError, EngineLoss, LossCause
 from server.runtime import Phase, Runtime
 from tests.api.support import FakeEngineClient, make_info
 
-
 LOSS = EngineLoss(LossCause.ENDED, "signal 9", 2, 1)
 
 
