@@ -103,11 +103,11 @@ async def first_output(supervised: Supervised, request: GenerateRequest) -> asyn
     has_output = asyncio.Event()
 
     async def run() -> SequenceOutput:
-        whole: SequenceOutput | None = None
-        async for whole in supervised.client.generate(request):
+        outputs = []
+        async for output in supervised.client.generate(request):
+            outputs.append(output)
             has_output.set()
-        assert whole is not None
-        return whole
+        return outputs[-1]
 
     running = asyncio.create_task(run())
     await has_output.wait()
