@@ -74,6 +74,10 @@ bench-peers: $(DEV)  ## Measure vLLM, llama.cpp and this server in one run for d
 fuzz: $(DEV)  ## 5,000 requests made from the OpenAPI document, right and wrong ones, to a real server
 	@$(BIN)/python -m pytest -m slow tests/fuzz $(ARGS)
 
+.PHONY: chaos
+chaos: $(DEV)  ## Kill, stop and crash the engine under load, and print what became of the clients
+	@$(BIN)/python -m pytest -m slow tests/chaos $(ARGS)
+
 .PHONY: conformance
 conformance: $(DEV)  ## Ask this server for all that OpenAI's API promises; another: ARGS="--base-url http://host:8000"
 	@$(BIN)/python -m conformance $(ARGS)

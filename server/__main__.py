@@ -60,7 +60,7 @@ def serve(arguments: Sequence[str]) -> int:
     # First the engine's process and the thread that reads the model, which run while the rest is imported.
     from server.frontend.process_client import ProcessClient
 
-    client = ProcessClient(config.log_level)
+    client = ProcessClient(config)
 
     from server.runtime import Runtime
 

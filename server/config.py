@@ -125,6 +125,24 @@ class ServerConfig(BaseModel):
         "that later starts need not convert them. It takes as much room as the weights in memory.",
     )
 
+    engine_silence_timeout: float = Field(
+        90.0,
+        gt=1,
+        description="Seconds without a sign of life after which the engine's process is ended and replaced. "
+        "After 3 the server is not ready.",
+    )
+    engine_step_timeout: float = Field(
+        300.0,
+        gt=0,
+        description="Seconds that one step of the engine may take before its process is ended and replaced.",
+    )
+    max_engine_restarts: int = Field(
+        5,
+        ge=0,
+        description="How many engines in a row are replaced that ended without having completed a request; the "
+        "server ends with the next one.",
+    )
+
     max_queued_requests: int = Field(
         1024, ge=1, description="Sequences that may wait or run at once; one more is refused with 429."
     )

@@ -15,10 +15,12 @@
     ├── UnsupportedMediaTypeError       415  unsupported_media_type
     ├── QueueFullError                  429  queue_full
     ├── GenerationError                 500  generation_failed
+    │   └── CrashingRequestError        500  engine_crashed
     ├── InternalError                   500  internal_error
     ├── FeatureOffError                 501  feature_off
     ├── ModelLoadingError               503  model_loading
     ├── EngineUnavailableError          503  engine_unavailable
+    │   └── GenerationLostError         503  engine_lost
     └── StorageError                    507  storage_failed
         └── StorageFullError            507  storage_full
 
@@ -33,6 +35,8 @@ from typing import Any, ClassVar
 
 RETRY_AFTER_LOADING_SECONDS = 5
 RETRY_AFTER_QUEUE_SECONDS = 1
+_DO_NOT_RETRY = {"x-should-retry": "false"}
+"""OpenAI's libraries would try again otherwise, as with every status from 500 on."""
 LONGEST_SHOWN_VALUE = 100
 """Characters of a client's value that an error message repeats."""
 
@@ -169,6 +173,19 @@ class GenerationError(ApiError):
     default_code = "generation_failed"
 
 
+class CrashingRequestError(GenerationError):
+    """The engine ends whenever it computes this request."""
+
+    default_code = "engine_crashed"
+
+    def __init__(self) -> None:
+        super().__init__("The engine failed each time that it began with this request. It is not tried again.")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return dict(_DO_NOT_RETRY)
+
+
 class InternalError(ApiError):
     """A fault of the server; the log has the rest under the request id."""
 
@@ -184,8 +201,7 @@ class FeatureOffError(ApiError):
 
     @property
     def headers(self) -> dict[str, str]:
-        # OpenAI's libraries would try again otherwise, as with every status from 500 on.
-        return {"x-should-retry": "false"}
+        return dict(_DO_NOT_RETRY)
 
 
 class StorageError(ApiError):
@@ -214,8 +230,17 @@ class ModelLoadingError(_UnavailableError):
 class EngineUnavailableError(_UnavailableError):
     default_code = "engine_unavailable"
 
+    def __init__(self, message: str = "The engine has ended, and so will the server.") -> None:
+        super().__init__(message)
+
+
+class GenerationLostError(EngineUnavailableError):
+    """What the engine took along when it ended."""
+
+    default_code = "engine_lost"
+
     def __init__(self) -> None:
-        super().__init__("The engine has ended and the server is about to restart.")
+        super().__init__("The engine failed in the middle of this request, and is being restarted. Try again.")
 
 
 def shown(value: Any) -> str:

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from server import __version__
 from server.batches.objects import FINAL_STATUSES, BatchStatus
 from server.engine.types import FinishReason, StepStats
+from server.frontend.client import EngineLoss, LossCause
 from server.frontend.served_model import ServedModel
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -37,6 +38,8 @@ ITERATION_TOKEN_BUCKETS = tuple(
 )
 N_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+RESTART_BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
 
 LABELS = ("model_name", "engine")
 
@@ -73,6 +76,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self.http = HttpMetrics(self.registry)
         self.batches = BatchMetrics(self.registry)
+        self.supervision = SupervisionMetrics(self.registry)
         self._model_loaded = Gauge(
             "gemma_model_loaded",
             "1 once the model is loaded and the engine has answered.",
@@ -219,7 +223,7 @@ class HttpMetrics:
         self._rejected = Counter(
             "gemma_requests_rejected", "Requests refused for want of capacity.", ("reason",), registry=registry
         )
-        for reason in ("queue_full", "model_loading", "engine_unavailable"):
+        for reason in ("queue_full", "model_loading", "engine_unavailable", "engine_lost"):
             self._rejected.labels(reason)
         self.disconnects = Counter(
             "gemma_client_disconnects", "Clients that left before their answer was complete.", registry=registry
@@ -232,6 +236,42 @@ class HttpMetrics:
     def rejected(self, reason: str) -> None:
         """`reason` is the code of the error that was answered."""
         self._rejected.labels(reason).inc()
+
+
+class SupervisionMetrics:
+    """How often the engine was replaced, and what that cost."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._restarts = Counter(
+            "gemma_engine_restarts",
+            "Engines that ended and were replaced, by why they ended.",
+            ("cause",),
+            registry=registry,
+        )
+        for cause in LossCause:
+            self._restarts.labels(cause.value)
+        self._lost = Counter(
+            "gemma_engine_sequences_lost", "Sequences that ended with an engine.", registry=registry
+        )
+        self._kept = Counter(
+            "gemma_engine_sequences_rerun",
+            "Sequences without an output that were handed from an engine that ended to the next one.",
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "gemma_engine_restart_seconds",
+            "From an engine's end until the next one was ready.",
+            buckets=RESTART_BUCKETS,
+            registry=registry,
+        )
+
+    def lost(self, loss: EngineLoss) -> None:
+        self._restarts.labels(loss.cause.value).inc()
+        self._lost.inc(loss.num_lost)
+        self._kept.inc(loss.num_kept)
+
+    def returned(self, seconds: float) -> None:
+        self._seconds.observe(seconds)
 
 
 class BatchMetrics:

@@ -31,6 +31,7 @@ from server.batches.lines import (
     read_lines,
     success_or_failure,
 )
+from server.batches.patience import final_answer
 from server.config import OptionError, ServerConfig, load_config
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def _answer(
     )
     if errors:
         raise _InputError("\n".join(f"line {error.line}: {error.message}" for error in errors))
-    runtime = Runtime(config, ProcessClient(config.log_level))
+    runtime = Runtime(config, ProcessClient(config))
     requests: RouteRequests = create_app(runtime, policies=policies).state.requests
     source.seek(0)
     lines = (
@@ -219,12 +220,8 @@ class _Run:
             self.progress.end()
 
     async def _result(self, line: Line) -> Result:
-        while True:
-            answer = await self._requests.answer(line.url, line.body, "")
-            if answer.status not in (429, 503):
-                return success_or_failure(line, answer)
-            # No room yet; or the engine is gone, and this is about to be cancelled.
-            await asyncio.sleep(BUSY_SECONDS)
+        answer = await final_answer(lambda: self._requests.answer(line.url, line.body, ""), BUSY_SECONDS)
+        return success_or_failure(line, answer)
 
 
 class _Progress:

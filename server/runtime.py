@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from server.cache_directory import cache_directory
@@ -24,8 +25,8 @@ from server.engine.models.config import GemmaConfig
 from server.engine.models.config_reader import read_gguf
 from server.engine.models.gguf import read_metadata
 from server.engine.models.safetensors_dir import read_config
-from server.engine.types import EngineConfig, Loading
-from server.frontend.client import EngineClient, EngineDeadError
+from server.engine.types import EngineConfig, EngineInfo, Loading, StepStats
+from server.frontend.client import EngineClient, EngineDeadError, EngineLoss
 from server.frontend.grammar_check import GrammarChecker
 from server.frontend.served_model import ServedModel
 from server.frontend.vocabulary import make_byte_vocabulary, make_vocabulary
@@ -43,8 +44,12 @@ _Model = tuple[ModelFiles, Tokenizer, GemmaConfig]
 class Phase(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
+    UNRESPONSIVE = "unresponsive"
+    """The engine shows no sign of life. It returns to READY, or is ended and replaced."""
+    RESTARTING = "restarting"
+    """The engine has ended, and another one is being started."""
     FAILED = "failed"
-    """The engine could not start, or died. For good: no other phase follows."""
+    """The engine could not start, or died too often. For good: no other phase follows."""
 
 
 class Runtime:
@@ -57,7 +62,7 @@ class Runtime:
         self.model: ServedModel | None = None
         self.phase = Phase.STARTING
         self.stage = "starting"
-        """While STARTING what is being done, for people; when FAILED why."""
+        """While STARTING or RESTARTING what is being done, for people; when FAILED why."""
         self.fraction = 0.0
         """0..1 of the stage."""
         self.exit_code = 0
@@ -65,8 +70,13 @@ class Runtime:
         """Called once when the server can serve no more."""
         self._reading: concurrent.futures.Future[_Model] | None = None
         self._loading: asyncio.Task[None] | None = None
+        self._lost_at: float | None = None
+        """`time.monotonic()` seconds at which the engine ended, while there is none."""
         client.on_loading = self._on_loading
         client.on_step = self.metrics.record_step
+        client.on_loss = self._on_loss
+        client.on_return = self._on_return
+        client.on_silence = self._on_silence
         client.on_death = self._on_death
         client.make_vocabulary = lambda: make_vocabulary(*self._tokenizer_and_size())
         self.grammars = GrammarChecker(lambda: make_byte_vocabulary(*self._tokenizer_and_size()))
@@ -111,7 +121,7 @@ class Runtime:
             info=info,
             stop_token_ids=_stop_token_ids(tokenizer, model_config),
         )
-        self.phase = Phase.READY
+        self._enter(Phase.READY if self._lost_at is None else Phase.RESTARTING, Phase.STARTING)
         seconds = time.monotonic() - started
         self.metrics.set_model(self.model, seconds)
         logger.info(
@@ -151,6 +161,43 @@ class Runtime:
     def _on_loading(self, loading: Loading) -> None:
         self.stage = loading.stage
         self.fraction = loading.fraction
+
+    def _on_loss(self, loss: EngineLoss) -> None:
+        logger.error(
+            "%s: %d sequences ended with it, %d wait for the next engine",
+            loss.reason,
+            loss.num_lost,
+            loss.num_kept,
+        )
+        self._lost_at = self._lost_at or time.monotonic()
+        self.stage, self.fraction = "restarting", 0.0
+        self.metrics.supervision.lost(loss)
+        if self.model is not None:
+            self.metrics.record_step(StepStats())  # nothing runs
+        self._enter(Phase.RESTARTING, Phase.READY, Phase.UNRESPONSIVE)
+
+    def _on_return(self, info: EngineInfo) -> None:
+        seconds = 0.0 if self._lost_at is None else time.monotonic() - self._lost_at
+        logger.info("the engine is back after %.1f s", seconds)
+        self._lost_at = None
+        self.metrics.supervision.returned(seconds)
+        if self.model is not None:  # its KV cache may have another size
+            self.model = replace(self.model, info=info)
+        self._enter(Phase.READY, Phase.RESTARTING)
+
+    def _on_silence(self, is_silent: bool) -> None:
+        if self._lost_at is not None or self.model is None:
+            return
+        logger.warning("the engine shows %s", "no sign of life" if is_silent else "signs of life again")
+        if is_silent:
+            self._enter(Phase.UNRESPONSIVE, Phase.READY)
+        else:
+            self._enter(Phase.READY, Phase.UNRESPONSIVE)
+
+    def _enter(self, phase: Phase, *sources: Phase) -> None:
+        """The server may be in another phase than the engine's, which then goes on."""
+        if self.phase in sources:
+            self.phase = phase
 
     def _on_death(self, reason: str) -> None:
         self._fail(reason, os.EX_CONFIG if self.model is None else os.EX_SOFTWARE)

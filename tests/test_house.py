@@ -32,7 +32,7 @@ FORBIDDEN = [
     (
         r"server\.batching",
         r"server\..+",
-        r"server\.engine\.(precedence|sequence|speculation|types|sampling\.types|kv_cache(\..+)?)",
+        r"server\.engine\.(precedence|sequence|speculation|step_counts|types|sampling\.types|kv_cache(\..+)?)",
     ),
     # Bookkeeping of blocks needs no device.
     (
@@ -146,6 +146,23 @@ def test_the_conformance_suite_knows_only_http(path: Path) -> None:
 @pytest.mark.parametrize("path", [*SOURCES, *CONFORMANCE], ids=_module_name)
 def test_files_are_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES
+
+
+@pytest.mark.covers("E13")
+def test_nothing_waits_by_a_clock_that_can_be_set() -> None:
+    """Wall-clock time is for what clients are told, and for batches and files, which outlive the process."""
+    tells = {
+        "server.runtime",
+        "server.api.responses",
+        "server.api.openai_responses.routes",
+        "server.api.batches",
+    }
+    guilty = {
+        _module_name(path)
+        for path in SOURCES
+        if re.search(r"\btime\.time\(|\bdatetime\b", path.read_text(encoding="utf-8"))
+    }
+    assert {module for module in guilty if not module.startswith("server.batches.")} <= tells
 
 
 def test_the_options_page_is_up_to_date() -> None:

@@ -1,8 +1,9 @@
 """Three probes with three meanings, for an orchestrator's three questions.
 
-- /livez: should the process be left alone? Its event loop answers and its engine has not died.
+- /livez: should the process be left alone? Its event loop answers, and it has not given up on its engine.
 - /startupz: is the load over? 503 before, with how far it is.
-- /readyz, and /health as vLLM calls it: should traffic come here? The model is loaded and its engine alive.
+- /readyz, and /health as vLLM calls it: should traffic come here? The model is loaded, and its engine shows
+  signs of life.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ async def version() -> Response:
 def _probe(runtime: Runtime, *, passes: bool) -> Response:
     progress = Progress(runtime.phase)
     # A failure's reason may name paths; probes need no key, so that it is only in the log.
-    if runtime.phase is Phase.STARTING:
+    if runtime.phase in (Phase.STARTING, Phase.RESTARTING):
         progress.stage, progress.fraction = runtime.stage, runtime.fraction
     if passes:
         return json_response(progress)

@@ -72,8 +72,10 @@ def served_model(runtime: Runtime, name: str | None = None) -> ServedModel:
 def admit(
     request: Request, model: ServedModel, choices: Sequence[ChoiceRequest], body: GenerationFields
 ) -> Generation:
-    """Room for `choices`, which `body` asks for, or QueueFullError."""
+    """Room for `choices`, which `body` asks for. Raises QueueFullError, EngineUnavailableError."""
     runtime = runtime_of(request)
+    if runtime.phase is Phase.RESTARTING:
+        raise EngineUnavailableError("The engine is being restarted. Try again in some seconds.")
     permit = admission_of(request).acquire(len(choices))
     return Generation(
         choices,

@@ -2,7 +2,8 @@
 
 `serve` is the loop itself, fed by a queue and emptied by a function, so that a thread can run it as well as a
 process. `main` is the child process: `python -m server.engine.loop --fd N`, with N one end of a socket pair.
-One of its threads reads the socket, one writes to it, and the main thread alone touches the model.
+One of its threads reads the socket, one writes to it, one sends heartbeats, and the main thread alone touches
+the model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,19 @@ import msgspec
 
 from server.engine import transport
 from server.engine.core import EngineCore
-from server.engine.types import Abort, Failed, FromEngine, Loading, Ready, Start, Submit, ToEngine, Vocabulary
+from server.engine.pulse import Pulse
+from server.engine.types import (
+    Abort,
+    Began,
+    Failed,
+    FromEngine,
+    Loading,
+    Ready,
+    Start,
+    Submit,
+    ToEngine,
+    Vocabulary,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +49,7 @@ Inbox = queue.SimpleQueue[ToEngine | Wake | None]
 """What the front sent, in order; None when it has closed."""
 
 
-def serve(inbox: Inbox, send: Callable[[FromEngine], None]) -> int:
+def serve(inbox: Inbox, send: Callable[[FromEngine], None], pulse: Pulse) -> int:
     """Load what the first message says, then run until the inbox ends. Returns the exit code.
 
     An exception means that the engine's state can no longer be trusted; the caller lets the process die.
@@ -59,19 +72,22 @@ def serve(inbox: Inbox, send: Callable[[FromEngine], None]) -> int:
     # What lives now lives for good; later collections need not walk it.
     gc.collect()
     gc.freeze()
+    core.on_begun = lambda request_ids: send(Began(request_ids))
     send(Ready(info))
-    _run(core, inbox, send)
+    _run(core, inbox, send, pulse)
     return 0
 
 
-def _run(core: EngineCore, inbox: Inbox, send: Callable[[FromEngine], None]) -> None:
+def _run(core: EngineCore, inbox: Inbox, send: Callable[[FromEngine], None], pulse: Pulse) -> None:
     while True:
         while not inbox.empty() or not core.has_work():
             message = inbox.get()
             if message is None:
                 return
-            _handle(core, message)
-        send(core.step())
+            with pulse.turn():
+                _handle(core, message)
+        with pulse.turn():
+            send(core.step())
 
 
 def _handle(core: EngineCore, message: ToEngine | Wake) -> None:
@@ -106,7 +122,9 @@ def main() -> int:
     threading.Thread(target=_read, args=(connection, inbox), name="reader", daemon=True).start()
     writer = threading.Thread(target=_write, args=(connection, outbox), name="writer", daemon=True)
     writer.start()
-    code = serve(inbox, outbox.put)
+    pulse = Pulse()
+    pulse.beat(outbox.put)
+    code = serve(inbox, outbox.put, pulse)
     outbox.put(None)
     writer.join()
     return code

@@ -13,6 +13,8 @@ import msgspec
 from server.engine.types import FromEngine, ToEngine
 
 LENGTH_BYTES = 4
+MAX_FRAME_BYTES = 1 << 30
+"""Several times what the logprobs of the longest prompts take; a length above is none."""
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)
@@ -22,6 +24,14 @@ _from_engine = msgspec.msgpack.Decoder(FromEngine)
 def encode_frame(message: ToEngine | FromEngine) -> bytes:
     payload = _encoder.encode(message)
     return len(payload).to_bytes(LENGTH_BYTES, "big") + payload
+
+
+def frame_size(header: bytes) -> int:
+    """Bytes of the payload behind these LENGTH_BYTES. Raises ValueError."""
+    size = int.from_bytes(header, "big")
+    if size > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {size} bytes")
+    return size
 
 
 def decode_to_engine(payload: bytes) -> ToEngine:

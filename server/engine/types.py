@@ -8,7 +8,10 @@ exchange:
 2. For each `Submit` the engine answers any number of `SequenceOutput`s, of which exactly one, the last, has a
    `finish_reason`. An id that was aborted gets its terminal output too.
 3. `Abort` is idempotent and may name ids that the engine never saw or has already finished.
-4. End of file on the socket means that the other side is dead. There is no other death notice.
+4. `Began` names each sequence once, before the first step that computes it: if the engine dies in that step,
+   the front knows whose it was.
+5. A `Heartbeat` comes every HEARTBEAT_SECONDS from the process's first moment on, whatever the engine is doing.
+6. End of file on the socket means that the other side is dead. There is no other death notice.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from __future__ import annotations
 import enum
 
 import msgspec
+
+HEARTBEAT_SECONDS = 0.5
 
 
 class FinishReason(enum.StrEnum):
@@ -241,6 +246,17 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
     stats: StepStats
 
 
+class Began(msgspec.Struct, frozen=True, tag=True):
+    request_ids: list[str]
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    num_turns: int
+    """Of the engine's loop, so far: steps, and messages taken in."""
+    seconds_in_turn: float
+    """Since the present turn began; 0 between turns and while the model is loaded."""
+
+
 class Loading(msgspec.Struct, frozen=True, tag=True):
     stage: str
     """What is being done, for people: "weights", "kv cache", "warm-up"."""
@@ -258,4 +274,4 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromEngine = StepOutput | Loading | Ready | Failed
+FromEngine = StepOutput | Began | Heartbeat | Loading | Ready | Failed

@@ -25,9 +25,19 @@ from server.engine.types import (
     SamplingParams,
     SequenceOutput,
 )
-from server.errors import EngineUnavailableError, GenerationError
+from server.errors import (
+    CrashingRequestError,
+    EngineUnavailableError,
+    GenerationError,
+    GenerationLostError,
+)
 from server.frontend.admission import Permit
-from server.frontend.client import EngineClient, EngineDeadError
+from server.frontend.client import (
+    CrashingSequenceError,
+    EngineClient,
+    EngineDeadError,
+    SequenceLostError,
+)
 from server.frontend.request_state import RequestState, StopConditions, TextDelta
 from server.metrics import RequestMetrics
 from server.tokenizer import Tokenizer
@@ -108,6 +118,10 @@ class Generation:
             async with aclosing(source):
                 async for delta in source:
                     yield delta
+        except CrashingSequenceError:
+            raise CrashingRequestError from None
+        except SequenceLostError:
+            raise GenerationLostError from None
         except EngineDeadError:
             raise EngineUnavailableError from None
 

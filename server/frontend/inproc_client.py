@@ -8,6 +8,7 @@ import threading
 import traceback
 
 from server.engine import loop as engine_loop
+from server.engine.pulse import Pulse
 from server.engine.types import EngineConfig, EngineInfo, FromEngine, Start, ToEngine
 from server.frontend.mailbox import MailboxClient
 
@@ -27,7 +28,7 @@ class InprocClient(MailboxClient):
 
         def run() -> None:
             try:
-                engine_loop.serve(self._inbox, send)
+                engine_loop.serve(self._inbox, send, Pulse())
                 reason = "the engine was stopped"
             except BaseException as error:  # a thread has no exit code: this stands for it
                 traceback.print_exc()

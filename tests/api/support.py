@@ -30,7 +30,7 @@ from server.engine.types import (
     StepStats,
     TokenLogprob,
 )
-from server.frontend.client import EngineDeadError
+from server.frontend.client import EngineDeadError, EngineLoss
 from server.frontend.mailbox import no_vocabulary
 from server.frontend.served_model import ServedModel
 from server.runtime import Phase, Runtime
@@ -61,6 +61,7 @@ class Script:
     """Tokens after which the engine gives up on a sequence."""
     death_after: int | None = None
     """Tokens after which the engine dies."""
+    death: type[EngineDeadError] = EngineDeadError
     crash_after: int | None = None
     """Tokens after which something unforeseen happens."""
     cached_tokens: int = 0
@@ -74,6 +75,9 @@ class FakeEngineClient:
     def __init__(self) -> None:
         self.on_loading: Callable[[Loading], None] = lambda loading: None
         self.on_step: Callable[[StepStats], None] = lambda stats: None
+        self.on_loss: Callable[[EngineLoss], None] = lambda loss: None
+        self.on_return: Callable[[EngineInfo], None] = lambda info: None
+        self.on_silence: Callable[[bool], None] = lambda is_silent: None
         self.on_death: Callable[[str], None] = lambda reason: None
         self.make_vocabulary = no_vocabulary
         self.script = Script()
@@ -118,7 +122,7 @@ class FakeEngineClient:
                 )
                 return
             if number == script.death_after:
-                raise EngineDeadError("killed by signal 9 in /secret/path")
+                raise script.death("killed by signal 9 in /secret/path")
             if number == script.crash_after:
                 raise ZeroDivisionError("secret /path")
             pending.append(token_id)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
-from server.engine.types import StepStats
+import pytest
+
+from server.engine.types import Loading, StepStats
+from server.frontend.client import EngineLoss, LossCause
 from server.metrics import REQUEST_HISTOGRAMS
 from server.runtime import Phase
-from tests.api.support import LiveServer, assert_error, live_server
+from tests.api.support import LiveServer, assert_error, live_server, make_info
 
 LABELS = '{engine="0",model_name="google/gemma-tiny"}'
 
@@ -28,6 +31,44 @@ def test_probes_tell_loading_from_ready_from_dead() -> None:
         assert statuses(server) == {"/livez": 503, "/startupz": 200, "/readyz": 503, "/health": 503}
         assert server.http.get("/readyz").json() == {"status": "failed"}
         assert_error(server.chat(), 503, code="engine_unavailable")
+
+
+@pytest.mark.covers("E01")
+def test_while_the_engine_is_restarted_new_work_is_told_to_come_back() -> None:
+    with live_server() as server:
+        server.runtime.client.on_loss(EngineLoss(LossCause.ENDED, "signal 9 at /secret/path", 3, 2))
+        assert statuses(server) == {"/livez": 200, "/startupz": 200, "/readyz": 503, "/health": 503}
+        server.runtime.client.on_loading(Loading("weights", 0.25))
+        assert server.http.get("/readyz").json() == {
+            "status": "restarting",
+            "stage": "weights",
+            "fraction": 0.25,
+        }
+        for response in (server.chat(), server.chat(stream=True), server.complete()):
+            assert_error(response, 503, code="engine_unavailable")
+            assert int(response.headers["retry-after"]) > 0
+        assert server.http.get("/v1/models").status_code == 200
+        assert server.http.post("/tokenize", json={"prompt": "a"}).status_code == 200
+        server.runtime.client.on_return(make_info())
+        assert statuses(server) == {"/livez": 200, "/startupz": 200, "/readyz": 200, "/health": 200}
+        assert server.chat().status_code == 200
+        assert server.metric('gemma_engine_restarts_total{cause="ended"}') == 1
+        assert server.metric('gemma_engine_restarts_total{cause="silent"}') == 0
+        assert server.metric("gemma_engine_sequences_lost_total") == 3
+        assert server.metric("gemma_engine_sequences_rerun_total") == 2
+        assert server.metric("gemma_engine_restart_seconds_count") == 1
+        server.assert_idle()
+
+
+@pytest.mark.covers("E03")
+def test_a_silent_engine_is_not_ready_and_nothing_is_ended_for_it() -> None:
+    with live_server() as server:
+        server.runtime.client.on_silence(True)
+        assert statuses(server) == {"/livez": 200, "/startupz": 200, "/readyz": 503, "/health": 503}
+        assert server.http.get("/readyz").json() == {"status": "unresponsive"}
+        assert server.chat().status_code == 200
+        server.runtime.client.on_silence(False)
+        assert server.http.get("/readyz").json() == {"status": "ready"}
 
 
 def test_a_server_that_failed_to_load_has_not_started() -> None:

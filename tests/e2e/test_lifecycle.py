@@ -47,8 +47,11 @@ def test_sigterm_lets_a_stream_finish_and_ends_with_zero(tiny_checkpoint: Path) 
         assert not engine.is_running()
 
 
-def test_an_engine_that_dies_ends_its_streams_with_an_error_and_the_server(tiny_checkpoint: Path) -> None:
-    with running_server(tiny_checkpoint, *OPTIONS) as server:
+@pytest.mark.covers("E08")
+def test_an_engine_that_is_given_up_on_ends_its_streams_with_an_error_and_the_server(
+    tiny_checkpoint: Path,
+) -> None:
+    with running_server(tiny_checkpoint, *OPTIONS, "--max-engine-restarts", "0") as server:
         reader, events = stream_in_background(server)
         server.engine.kill()
         assert server.wait_exit(30) == 70
@@ -57,11 +60,12 @@ def test_an_engine_that_dies_ends_its_streams_with_an_error_and_the_server(tiny_
         assert json.loads(events[-2])["error"]["type"] == "server_error"
 
 
+@pytest.mark.covers("E02")
 def test_an_engine_does_not_outlive_its_front(tiny_checkpoint: Path) -> None:
     with running_server(tiny_checkpoint, *OPTIONS) as server:
         engine = server.engine
         server.process.kill()
-        psutil.wait_procs([engine], timeout=10)
+        psutil.wait_procs([engine], timeout=5)
         assert not engine.is_running()
 
 

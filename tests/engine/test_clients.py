@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from server.config import ServerConfig
 from server.engine.types import (
     EngineConfig,
     FinishReason,
@@ -64,7 +65,11 @@ def make_config(checkpoint: Path) -> EngineConfig:
     )
 
 
-@pytest.fixture(params=[ProcessClient, InprocClient])
+def make_process_client() -> ProcessClient:
+    return ProcessClient(ServerConfig(max_engine_restarts=0))
+
+
+@pytest.fixture(params=[make_process_client, InprocClient])
 async def engine(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> AsyncGenerator[Watched, None]:
     watched = Watched(request.param())
     info = await watched.client.start(make_config(tiny_checkpoint))
@@ -109,9 +114,9 @@ async def test_stopping_twice_is_stopping_once_and_ends_who_still_reads(engine: 
         await reader
 
 
-@pytest.mark.parametrize("kind", [ProcessClient, InprocClient])
+@pytest.mark.parametrize("kind", [make_process_client, InprocClient])
 async def test_a_model_that_cannot_be_loaded_is_an_error_with_the_reason(
-    kind: type[ProcessClient | InprocClient], tmp_path: Path
+    kind: Callable[[], ProcessClient | InprocClient], tmp_path: Path
 ) -> None:
     watched = Watched(kind())
     with pytest.raises(EngineDeadError, match=r"config\.json"):
@@ -124,7 +129,7 @@ async def test_an_engine_whose_messages_cannot_be_taken_in_counts_as_dead(tiny_c
     def fail(stats: StepStats) -> None:
         raise ZeroDivisionError("a bug")
 
-    watched = Watched(ProcessClient())
+    watched = Watched(make_process_client())
     await watched.client.start(make_config(tiny_checkpoint))
     watched.client.on_step = fail
     with pytest.raises(EngineDeadError):
@@ -134,7 +139,7 @@ async def test_an_engine_whose_messages_cannot_be_taken_in_counts_as_dead(tiny_c
 
 
 async def test_a_killed_engine_is_noticed(tiny_checkpoint: Path) -> None:
-    watched = Watched(ProcessClient())
+    watched = Watched(make_process_client())
     await watched.client.start(make_config(tiny_checkpoint))
     outputs = watched.client.generate(make_request("a", max_tokens=500))
     await anext(outputs)

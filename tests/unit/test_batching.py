@@ -300,6 +300,7 @@ def test_an_id_in_use_is_refused_and_the_first_sequence_goes_on() -> None:
     engine.add(make_request("a", range(5)))
 
 
+@pytest.mark.covers("E05")
 def test_a_bad_row_ends_its_sequence_alone_and_leaves_nothing_in_the_prefix_cache() -> None:
     engine = make_engine(max_num_batched_tokens=64, long_prefill_threshold=8)
     engine.add(make_request("good", range(12)))

@@ -152,6 +152,7 @@ class TestEngine(EngineMachine.TestCase):  # type: ignore[misc]
     settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
+@pytest.mark.covers("E14")
 @pytest.mark.parametrize("windows", [(None,), (None, 6), (6,)])
 @pytest.mark.parametrize("digest_bytes", [0, 32])
 @pytest.mark.parametrize("max_draft_tokens", [0, 5])

@@ -214,6 +214,26 @@ def test_what_does_not_compile_ends_its_sequence_alone(gate: Gate, with_vocabula
     assert last["good"].finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.covers("E14")
+def test_a_compiler_that_fails_on_one_grammar_goes_on_with_the_next(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, compile_later = make_core(gate), Vocabulary.compile
+
+    def compile_or_fail(vocabulary: Vocabulary, grammar: str) -> Matcher:
+        if grammar == "bad":
+            raise ZeroDivisionError("a bug")
+        return compile_later(vocabulary, grammar)
+
+    monkeypatch.setattr(Vocabulary, "compile", compile_or_fail)
+    core.add(make_request("bad", [1, 2], 9, grammar="bad"))
+    gate.open_and_wait(core)
+    assert run(core)["bad"].finish_reason is FinishReason.ERROR
+    core.add(make_request("good", [1, 2], 9, grammar=REGEX.grammar, stop_token_ids=(EOS,)))
+    gate.open_and_wait(core)
+    assert run(core)["good"].finish_reason is not FinishReason.ERROR
+
+
 def test_the_compiler_forgets_what_was_asked_for_longest_ago(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
