@@ -167,7 +167,9 @@ def _named(text: str, where: str, config: ServerConfig) -> Iterator[tuple[bytes,
     except ValidationError as error:
         problem = error.errors(include_input=False)[0]
         # Where a name of a field is wrong it may be a key that is in the wrong place.
-        parts = [part for part in problem["loc"] if isinstance(part, int) or problem["type"] != "extra_forbidden"]
+        parts = [
+            part for part in problem["loc"] if isinstance(part, int) or problem["type"] != "extra_forbidden"
+        ]
         at = ".".join(str(part) for part in parts)
         raise OptionError(f"{where}: {at}: {problem['msg']}" if at else f"{where}: {problem['msg']}") from None
     if len({entry.name for entry in entries}) < len(entries):

@@ -51,15 +51,15 @@ class ServerConfig(BaseModel):
         [],
         repr=False,
         description="Keys that clients may present as `Authorization: Bearer KEY`, each as it is or as "
-        "`sha256:` and its SHA-256 in hexadecimal. Whoever lists the machine's processes sees the command line: "
-        "use the environment, or a file.",
+        "`sha256:` and its SHA-256 in hexadecimal. The command line is seen by whoever lists the machine's "
+        "processes: use the environment, or a file.",
     )
     api_key_file: Path | None = Field(
         None,
         description="File of such keys, one a line; or with the suffix .yaml or .json a list of objects with "
-        "`name`, `keys` (a list) and, if wanted, `max-sequences`, `requests-per-minute`, `tokens-per-minute` (in "
-        "place of the options), `least-priority` (0 if not given: the lowest `priority` of its requests) and "
-        "`admin` (true lets in under /debug/). SIGHUP has it read again.",
+        "`name`, `keys` (a list) and, if wanted, `max-sequences`, `requests-per-minute`, `tokens-per-minute` "
+        "(in place of the options), `least-priority` (0 if not given: the lowest `priority` of its requests) "
+        "and `admin` (true lets in under /debug/). SIGHUP has it read again.",
     )
     allow_unauthenticated: bool = Field(
         False,

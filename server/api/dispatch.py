@@ -83,9 +83,7 @@ class RouteRequests:
                 "arrival": time.monotonic(),
                 "client_left": False,
                 "tenant": tenant,
-                "terms": Terms(
-                    tenant, self._own_admission, self._own_account, least_priority=PRIORITY
-                ),
+                "terms": Terms(tenant, self._own_admission, self._own_account, least_priority=PRIORITY),
             },
         }
         try:

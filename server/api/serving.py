@@ -82,12 +82,12 @@ def admit(
         len(token_ids)
         for token_ids in {choice.prompt_index: choice.prompt_token_ids for choice in choices}.values()
     )
-    permit = terms.admission.acquire(len(choices), num_prompt_tokens)
+    num_output_tokens = sum(choice.sampling.max_tokens for choice in choices)
+    charge = terms.account.charge(len(choices), num_prompt_tokens + num_output_tokens)
     try:
-        num_output_tokens = sum(choice.sampling.max_tokens for choice in choices)
-        charge = terms.account.charge(len(choices), num_prompt_tokens + num_output_tokens)
+        permit = terms.admission.acquire(len(choices), num_prompt_tokens)
     except ApiError:
-        permit.release()
+        charge.settle(0)
         raise
     return Generation(
         choices,

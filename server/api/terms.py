@@ -1,7 +1,7 @@
 """On what terms a generating request is served: whose it is, what its sender may use, how long it may take.
 
-Every generating route has the dependency ENTERING, which settles them before the body is read, so that a refusal
-costs next to nothing. Requests that come from a batch bring terms of their own.
+Every generating route has the dependency ENTERING, which settles them before the body is read, so that a
+refusal costs next to nothing. Requests that come from a batch bring terms of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from server.api.error_responses import is_anthropic
 from server.api_keys import LOWEST_PRIORITY_NUMBER, Tenant
 from server.errors import InvalidRequestError, shown
 from server.frontend.admission import Admission
-from server.frontend.deadlines import Deadlines
+from server.frontend.deadlines import NO_DEADLINES, Deadlines
 from server.frontend.limits import Account, Quota
 
 TIMEOUT_HEADER = "x-request-timeout"
@@ -30,7 +30,7 @@ class Terms:
     tenant: Tenant
     admission: Admission
     account: Account
-    deadlines: Deadlines = Deadlines()
+    deadlines: Deadlines = NO_DEADLINES
     least_priority: int = LOWEST_PRIORITY_NUMBER
     """What a lower `priority` is raised to."""
 

@@ -1,9 +1,9 @@
 """Who comes before whom: by `priority`, of one priority by tenants' fair shares, of one tenant by arrival.
 
-Within a priority this is start-time fair queueing (Goyal, Vin, Cheng: "Start-time Fair Queueing", 1996). A sequence
-that enters gets a start tag: where its tenant's sequences so far leave off, but not before the clock, which stands
-at the highest start tag that was admitted. Its cost, in tokens, sets where the tenant leaves off next. So a tenant
-that has asked for little comes right after what was admitted last, however much of others' waits.
+Within a priority this is start-time fair queueing (Goyal, Vin, Cheng: "Start-time Fair Queueing", 1996). A
+sequence that enters gets a start tag: where its tenant's sequences so far leave off, but not before the clock,
+which stands at the highest start tag that was admitted. Its cost, in tokens, sets where the tenant leaves off
+next. So a tenant that asked for little comes right after what was admitted last, however much of others' waits.
 
 Laws:
 1. The order of two sequences never changes while they live, preemptions included.
@@ -20,8 +20,8 @@ from typing import NamedTuple
 from server.engine.sequence import Sequence
 
 FIRST_GUESS = 256
-"""Tokens that a tenant's outputs are taken to have before any has ended, `max_tokens` allowing. That bound alone
-would be a bad guess: most chats name none, and it is then all that the model's context has room for."""
+"""Tokens that a tenant's outputs are taken to have before any has ended, `max_tokens` allowing. That bound
+alone would be a bad guess: most chats name none, and it is then all that the context has room for."""
 GUESS_WEIGHT = 1 / 8
 """Of the last output in the next guess."""
 

@@ -62,7 +62,8 @@ class Admission:
         """Refuse more sequences than could ever be admitted. Raises InvalidRequestError."""
         if count > self.max_sequences:
             raise InvalidRequestError(
-                f"A request may ask for at most {self.max_sequences} sequences (prompts times 'n'), got {count}.",
+                f"A request may ask for at most {self.max_sequences} sequences (prompts times 'n'), got "
+                f"{count}.",
                 param="n",
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -25,6 +26,9 @@ class Deadlines:
         return self.first_token is not None or self.end is not None
 
 
+NO_DEADLINES = Deadlines()
+
+
 async def within(
     deadlines: Deadlines, arrival: float, items: AsyncGenerator[Item, None]
 ) -> AsyncGenerator[Item, None]:
@@ -32,24 +36,27 @@ async def within(
 
     arrival: `time.monotonic()` seconds.
     """
-    given = [seconds for seconds in (deadlines.first_token, deadlines.end) if seconds is not None]
-    limit = min(given, default=None)
+    limit = min(_seconds(deadlines.first_token), _seconds(deadlines.end))
     async with aclosing(items):
         while True:
-            left = None if limit is None else arrival + limit - time.monotonic()
-            if left is not None and left <= 0:  # before anything is asked for
+            left = arrival + limit - time.monotonic()
+            if left <= 0:  # before anything is asked for
                 raise _late(limit, deadlines)
             try:
-                async with asyncio.timeout(left):
+                async with asyncio.timeout(None if math.isinf(left) else left):
                     item = await anext(items)
             except StopAsyncIteration:
                 return
             except TimeoutError:
                 raise _late(limit, deadlines) from None
-            limit = deadlines.end
+            limit = _seconds(deadlines.end)
             yield item
 
 
-def _late(limit: float | None, deadlines: Deadlines) -> DeadlineError:
+def _seconds(limit: float | None) -> float:
+    return math.inf if limit is None else limit
+
+
+def _late(limit: float, deadlines: Deadlines) -> DeadlineError:
     what = "complete" if limit == deadlines.end else "begun"
     return DeadlineError(f"The answer was not {what} within {limit:g} seconds.")

@@ -61,9 +61,7 @@ class TokenBucket:
         self._fill()
         missing = self._capacity - self._level
         # Half a millionth, lest a request that is due be lost to rounding.
-        return Quota(
-            self._capacity, max(0, math.floor(self._level + 5e-7)), missing * SECONDS / self._capacity
-        )
+        return Quota(self._capacity, max(0, math.floor(self._level + 5e-7)), missing * SECONDS / self._capacity)
 
     def _fill(self) -> None:
         now = self._clock()

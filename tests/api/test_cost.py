@@ -48,7 +48,9 @@ def numbers(schema: dict[str, Any], definitions: dict[str, Any], path: tuple[str
         return
     for branch in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
         yield from numbers(branch, definitions, path)
-    if schema.get("type") in ("integer", "number") and not {"maximum", "exclusiveMaximum", "enum"} & set(schema):
+    if schema.get("type") in ("integer", "number") and not {"maximum", "exclusiveMaximum", "enum"} & set(
+        schema
+    ):
         yield ".".join(part for part in path if part not in definitions)
     for name, field in schema.get("properties", {}).items():
         yield from numbers(field, definitions, (*path, name))
@@ -103,7 +105,8 @@ def test_no_mix_of_amounts_makes_more_work_than_the_limits_together(server: Live
                 [
                     "ab" * chance.randrange(1, 40),
                     ["a" * chance.randrange(1, 60) for _ in range(chance.choice([1, 2, 5, 9, 500]))],
-                    [[chance.randrange(VOCAB_SIZE)] * chance.choice([1, 30, 59, 60, 5000])] * chance.randrange(1, 5),
+                    [[chance.randrange(VOCAB_SIZE)] * chance.choice([1, 30, 59, 60, 5000])]
+                    * chance.randrange(1, 5),
                 ]
             ),
             "n": chance.choice([None, None, 1, 2, 8, 9, 128]),

@@ -123,14 +123,11 @@ def test_without_an_admin_s_key_there_are_no_debug_paths(options: dict[str, Any]
 
 
 @pytest.mark.covers("S03", "S14", "S15")
-def test_no_key_is_in_a_log_an_error_or_a_metric(
-    server: LiveServer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_key_is_in_a_log_an_error_or_a_metric(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
     seen = []
     with caplog.at_level(logging.DEBUG):
         for key in (FREE, LIMITED, f"{FREE}-wrong"):
-            for _ in range(5):
-                seen.append(ask(server, key))
+            seen += [ask(server, key) for _ in range(5)]
             seen.append(ask(server, key, n=0))
             seen.append(server.http.get(f"/v1/models/{key}?key={key}", headers={"x-api-key": key}))
         server.script.crash_after = 0
@@ -138,8 +135,12 @@ def test_no_key_is_in_a_log_an_error_or_a_metric(
         server.app.state.keys.reload()
     seen.append(server.http.get("/metrics"))
     ours = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
-    logged = "\n".join(logging.Formatter().format(record) for record in ours if "/v1/models/" not in record.getMessage())
-    told = "\n".join(f"{response.headers} {response.text}" for response in seen if "/v1/models/" not in str(response.url))
+    logged = "\n".join(
+        logging.Formatter().format(record) for record in ours if "/v1/models/" not in record.getMessage()
+    )
+    told = "\n".join(
+        f"{response.headers} {response.text}" for response in seen if "/v1/models/" not in str(response.url)
+    )
     for text in (logged, told):
         assert "sk-canary" not in text
         assert "name:free" not in text

@@ -117,7 +117,9 @@ def test_a_small_tenant_waits_for_one_of_a_greedy_one_s_500_requests(num_seats: 
 
 
 def test_tenants_with_requests_of_different_sizes_get_as_many_tokens() -> None:
-    engine = make_engine(max_num_seqs=2, max_num_batched_tokens=64, long_prefill_threshold=64, num_blocks=(200,))
+    engine = make_engine(
+        max_num_seqs=2, max_num_batched_tokens=64, long_prefill_threshold=64, num_blocks=(200,)
+    )
     sizes = {"long": 60, "short": 6}
     for number in range(300):
         for tenant, size in sizes.items():
