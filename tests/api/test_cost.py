@@ -97,34 +97,37 @@ def test_a_number_beyond_what_the_model_allows_is_refused_at_once(server: LiveSe
 @pytest.mark.covers("S23", "R22")
 def test_no_mix_of_amounts_makes_more_work_than_the_limits_together(server: LiveServer) -> None:
     chance = random.Random(11)
+    amounts: dict[str, list[Any]] = {
+        "prompt": [
+            ["a" * length for length in range(1, 10)],
+            ["a"] * 500,
+            ["a" * 58] * 8,
+            "ab" * 40,
+            [[1] * 59] * 4,
+            [[1] * 60],
+            [[1] * 5000] * 4,
+        ],
+        "n": [2, 8, 9, 128],
+        "best_of": [8, 20],
+        "max_tokens": [1, 30, 58, 60, 2**62],
+        "logprobs": [5, 20, 21],
+        "prompt_logprobs": [20, 10**9],
+        "top_k": [10**9],
+        "min_tokens": [1, 10**9],
+        "stop": [["x"] * 4, ["x" * 1000] * 4, ["x"] * 5000],
+        "logit_bias": [{str(token_id): 1 for token_id in range(VOCAB_SIZE)}, dict.fromkeys("abc", 1)],
+        "bad_words": [["abc"] * 5, ["abc"] * 20_000],
+        "truncate_prompt_tokens": [-1, 5, 10**9],
+        "echo": [True],
+    }
     statuses = []
-    for _ in range(250):
+    for _ in range(80):
         server.engine.submitted.clear()
-        body = {
-            "prompt": chance.choice(
-                [
-                    "ab" * chance.randrange(1, 40),
-                    ["a" * chance.randrange(1, 60) for _ in range(chance.choice([1, 2, 5, 9, 500]))],
-                    [[chance.randrange(VOCAB_SIZE)] * chance.choice([1, 30, 59, 60, 5000])]
-                    * chance.randrange(1, 5),
-                ]
-            ),
-            "n": chance.choice([None, None, 1, 2, 8, 9, 128]),
-            "best_of": chance.choice([None, None, None, 8, 20]),
-            "max_tokens": chance.choice([None, 1, 1, 30, 58, 60, 10**6, 2**62]),
-            "logprobs": chance.choice([None, None, 5, 20, 21]),
-            "prompt_logprobs": chance.choice([None, None, 20, 10**9]),
-            "top_k": chance.choice([None, 10**9]),
-            "min_tokens": chance.choice([None, None, 1, 10**9]),
-            "stop": chance.choice([None, ["x"] * 4, ["x" * 1000] * 4, ["x"] * 5000]),
-            "logit_bias": chance.choice([None, None, {str(n): 1 for n in range(5000)}]),
-            "bad_words": chance.choice([None, None, ["abc"] * 5, ["abc"] * 50_000]),
-            "truncate_prompt_tokens": chance.choice([None, None, -1, 5, 10**9]),
-        }
+        body = {"prompt": "ab"}
+        for name in chance.sample(sorted(amounts), chance.randrange(1, 5)):
+            body[name] = chance.choice(amounts[name])
         started = time.monotonic()
-        response = server.http.post(
-            "/v1/completions", json={name: value for name, value in body.items() if value is not None}
-        )
+        response = server.http.post("/v1/completions", json=body)
         assert time.monotonic() - started < 2
         statuses.append(response.status_code)
         assert response.status_code in (200, 400), response.text
@@ -135,4 +138,4 @@ def test_no_mix_of_amounts_makes_more_work_than_the_limits_together(server: Live
             assert max(params.logprobs or 0, params.prompt_logprobs or 0) <= MAX_LOGPROBS
             assert len(params.logit_bias) <= 1024
             assert sum(map(len, params.bad_words)) <= 10_000
-    assert 20 < statuses.count(200) < 230, "the mix shows nothing"
+    assert 10 < statuses.count(200) < 70, "the mix shows nothing"
