@@ -157,7 +157,7 @@ def _answer(
     if errors:
         raise _InputError("\n".join(f"line {error.line}: {error.message}" for error in errors))
     runtime = Runtime(config, ProcessClient(config.log_level))
-    no_keys = KeyRing(ServerConfig())  # nobody connects
+    no_keys = KeyRing(load_config([], {}))  # nobody connects
     requests: RouteRequests = create_app(runtime, policies=policies, keys=no_keys).state.requests
     source.seek(0)
     lines = (
