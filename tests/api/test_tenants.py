@@ -316,7 +316,7 @@ def test_keys_change_while_a_stream_goes_on(server: LiveServer, key_file: Path) 
 def test_prompts_that_wait_are_bounded_by_their_tokens() -> None:
     with live_server(max_queued_tokens=20) as server:
         server.script.delay = 0.2
-        waiting = threading.Thread(target=lambda: server.complete("abcdefgh" * 2, max_tokens=2))
+        waiting = threading.Thread(target=lambda: server.complete("abcdefgh" * 2, max_tokens=9))
         waiting.start()
         wait_until(lambda: len(server.engine.running) == 1)
         refused = server.complete("abcdefgh" * 2)
@@ -324,6 +324,7 @@ def test_prompts_that_wait_are_bounded_by_their_tokens() -> None:
         assert int(refused.headers["retry-after"]) >= 1
         # The first has its first token, and goes on.
         wait_until(lambda: server.app.state.admission.queued_tokens == 0)
+        assert server.in_flight == 1
         server.script.delay = 0
         assert server.complete("abcdefgh" * 2).status_code == 200
         waiting.join()
