@@ -66,6 +66,10 @@ class KeyRing:
         return bool(self._tenants)
 
     @property
+    def num_tenants(self) -> int:
+        return len({tenant.id for tenant in self._tenants.values()})
+
+    @property
     def has_admin(self) -> bool:
         return any(tenant.is_admin for tenant in self._tenants.values())
 

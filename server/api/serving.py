@@ -83,9 +83,10 @@ def admit(
         for token_ids in {choice.prompt_index: choice.prompt_token_ids for choice in choices}.values()
     )
     num_output_tokens = sum(choice.sampling.max_tokens for choice in choices)
+    held = terms.held
     charge = terms.account.charge(len(choices), num_prompt_tokens + num_output_tokens)
     try:
-        permit = terms.admission.acquire(len(choices), num_prompt_tokens)
+        permit = terms.admission.acquire(len(choices), num_prompt_tokens, held)
     except ApiError:
         charge.settle(0)
         raise

@@ -33,6 +33,13 @@ class Terms:
     deadlines: Deadlines = NO_DEADLINES
     least_priority: int = LOWEST_PRIORITY_NUMBER
     """What a lower `priority` is raised to."""
+    has_others: bool = False
+    """Whether there are other tenants, to whom room is to be left."""
+
+    @property
+    def held(self) -> int:
+        """As `Admission.acquire` takes it."""
+        return self.account.in_flight if self.has_others else 0
 
 
 def tenant_of(request: Request) -> Tenant:
@@ -52,9 +59,15 @@ async def _enter(request: Request) -> None:
     if hasattr(request.state, "terms"):
         return  # from a batch
     state, tenant = request.app.state, tenant_of(request)
-    terms = Terms(tenant, state.admission, state.accounts.of(tenant), _deadlines(request))
+    terms = Terms(
+        tenant,
+        state.admission,
+        state.accounts.of(tenant),
+        _deadlines(request),
+        has_others=state.keys.num_tenants > 1,
+    )
     request.state.terms = terms
-    terms.admission.check_room()
+    terms.admission.check_room(terms.held)
     terms.account.take_request()
 
 

@@ -16,6 +16,10 @@ from collections.abc import Callable
 from server.errors import InvalidRequestError, QueueFullError
 from server.frontend.drain import DrainRate
 
+GREED = 8
+"""So many times as much as is free a tenant may hold where there are others: alone it gets 8/9 of the queue,
+and whoever comes next finds room (the dynamic thresholds of Choudhury and Hahne, 1998)."""
+
 
 class Permit:
     """Room for a request. Release it when all of its sequences are over; again does no harm."""
@@ -54,9 +58,12 @@ class Admission:
         self._sequences = DrainRate(clock)
         self._tokens = DrainRate(clock)
 
-    def check_room(self) -> None:
-        """Refuse what will find no room, before it costs something. Raises QueueFullError."""
-        self._check(1, 1)
+    def check_room(self, held: int = 0) -> None:
+        """Refuse what will find no room, before it costs something. `held` as for `acquire`.
+
+        Raises QueueFullError.
+        """
+        self._check(1, 1, held)
 
     def check_count(self, count: int) -> None:
         """Refuse more sequences than could ever be admitted. Raises InvalidRequestError."""
@@ -67,13 +74,15 @@ class Admission:
                 param="n",
             )
 
-    def acquire(self, count: int, num_tokens: int) -> Permit:
+    def acquire(self, count: int, num_tokens: int, held: int = 0) -> Permit:
         """Room for `count` sequences with prompts of `num_tokens` in all, now or not at all.
+
+        held: sequences that the tenant has in flight already; 0 where there is no other.
 
         Raises QueueFullError, and InvalidRequestError as `check_count` does.
         """
         self.check_count(count)
-        self._check(count, num_tokens)
+        self._check(count, num_tokens, held)
         if self.in_flight == 0:
             self._sequences.begin()
         if self.queued_tokens == 0:
@@ -82,12 +91,18 @@ class Admission:
         self.queued_tokens += num_tokens
         return Permit(self, count, num_tokens)
 
-    def _check(self, count: int, num_tokens: int) -> None:
+    def _check(self, count: int, num_tokens: int, held: int) -> None:
         excess = self.in_flight + count - self.max_sequences
         if excess > 0:
             raise QueueFullError(
                 f"The server is full: {self.in_flight} of at most {self.max_sequences} sequences wait or run.",
                 retry_after=self._sequences.seconds_for(excess),
+            )
+        if held > GREED * -excess:
+            raise QueueFullError(
+                f"The server is nearly full, and {held} sequences of this client wait or run: what is left is "
+                "for others.",
+                retry_after=self._sequences.seconds_for(count),
             )
         excess_tokens = self.queued_tokens + num_tokens - self.max_queued_tokens
         if excess_tokens > 0 and self.queued_tokens:

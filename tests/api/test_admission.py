@@ -71,6 +71,27 @@ def test_a_prompt_that_is_longer_than_may_wait_is_served_when_nobody_waits() -> 
     admission.acquire(1, 500)
 
 
+@pytest.mark.covers("K16")
+def test_where_there_are_others_one_tenant_cannot_take_all_of_the_queue() -> None:
+    admission = Admission(90)
+
+    def most() -> int:
+        """What one that comes now can get."""
+        for held in range(1000):
+            try:
+                admission.acquire(1, 1, held)
+            except QueueFullError:
+                with pytest.raises(QueueFullError, match="for others"):
+                    admission.check_room(held)
+                return held
+        raise AssertionError("there is no end")
+
+    assert most() == 80
+    assert most() >= 8
+    while admission.in_flight < 90:
+        admission.acquire(1, 1, 0)
+
+
 @pytest.mark.covers("K13")
 def test_a_refusal_says_when_there_will_be_room_as_fast_as_room_was_made_lately() -> None:
     now = 0.0
