@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -45,10 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(arguments: Sequence[str]) -> int:
     # Not imported above: `--help` and `version` answer at once.
+    from server.api_keys import KeyRing, check_exposure
     from server.moderation import load_policies
 
     try:
         config = load_config(arguments)
+        keys = KeyRing(config)
+        check_exposure(config, keys)
         policies = load_policies(config.moderation_policies)
         store = None if config.data_dir is None else _open_store(config)
     except OptionError as error:
@@ -73,7 +77,7 @@ def serve(arguments: Sequence[str]) -> int:
 
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(runtime, store, policies),
+            create_app(runtime, store, policies, keys),
             host=config.host,
             port=config.port,
             # Bounds the headers, and takes the body of a request that offers to upgrade, as Java's client does;
@@ -97,6 +101,9 @@ def serve(arguments: Sequence[str]) -> int:
     # is no failure.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, asked_to_end)
+    if config.api_key_file is not None:
+        # In a thread: a handler interrupts whatever runs, which may hold the log.
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=keys.reload, name="keys").start())
     server.run()
     return runtime.exit_code
 

@@ -23,13 +23,16 @@ from server.api import (
     tokenize,
 )
 from server.api.anthropic import routes as anthropic
+from server.api.auth import ApiKeyMiddleware
 from server.api.dispatch import RouteRequests
-from server.api.middleware import ApiKeyMiddleware, RequestContextMiddleware
+from server.api.middleware import RequestContextMiddleware
 from server.api.openai_responses import routes as openai_responses
+from server.api_keys import KeyRing
 from server.batches.lines import LINE_OVERHEAD_BYTES
 from server.batches.runner import BatchRunner
 from server.batches.store import Store
 from server.frontend.admission import Admission
+from server.frontend.limits import Accounts
 from server.moderation import BUILT_IN_POLICIES, Policy
 from server.runtime import Runtime
 
@@ -48,10 +51,13 @@ OTHER_ROUTERS = (
 
 
 def create_app(
-    runtime: Runtime, store: Store | None = None, policies: Sequence[Policy] = BUILT_IN_POLICIES
+    runtime: Runtime,
+    store: Store | None = None,
+    policies: Sequence[Policy] = BUILT_IN_POLICIES,
+    keys: KeyRing | None = None,
 ) -> FastAPI:
     """`policies` are those of moderations. Without a `store`, files and batches are off; it is closed with the
-    application."""
+    application. `keys` are those of the configuration if not given: raises OptionError."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -76,9 +82,11 @@ def create_app(
     )
     app.state.runtime = runtime
     app.state.policies = policies
-    app.state.admission = Admission(runtime.config.max_queued_requests)
+    app.state.keys = KeyRing(runtime.config) if keys is None else keys
+    app.state.accounts = Accounts()
+    app.state.admission = Admission(runtime.config.max_queued_requests, runtime.config.max_queued_tokens)
     # The last one added is the outermost.
-    app.add_middleware(ApiKeyMiddleware, api_keys=runtime.config.api_key)
+    app.add_middleware(ApiKeyMiddleware, keys=app.state.keys)
     app.add_middleware(
         RequestContextMiddleware,
         metrics=runtime.metrics.http,

@@ -223,6 +223,7 @@ class Scheduler:
                 continue
             del self._waiting[0]
             self._precedence.insert(seq, self._running)
+            self._precedence.admit(seq)
             seq.status = SequenceStatus.RUNNING
             seq.num_computed = num_cached
             if seq.num_preemptions == 0:

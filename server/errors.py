@@ -4,6 +4,7 @@
     ├── InvalidRequestError             400  invalid_value, or as given
     │   └── ContextLengthError          400  context_length_exceeded
     ├── AuthenticationError             401  invalid_api_key
+    ├── PermissionDeniedError           403  admin_key_required
     ├── ModelNotFoundError              404  model_not_found
     ├── ResponseNotFoundError           404  response_not_found
     ├── RouteNotFoundError              404  unknown_url
@@ -14,6 +15,7 @@
     ├── BodyTooLargeError               413  body_too_large
     ├── UnsupportedMediaTypeError       415  unsupported_media_type
     ├── QueueFullError                  429  queue_full
+    ├── RateLimitError                  429  rate_limit_exceeded
     ├── GenerationError                 500  generation_failed
     │   └── CrashingRequestError        500  engine_crashed
     ├── InternalError                   500  internal_error
@@ -21,6 +23,7 @@
     ├── ModelLoadingError               503  model_loading
     ├── EngineUnavailableError          503  engine_unavailable
     │   └── GenerationLostError         503  engine_lost
+    ├── DeadlineError                   504  deadline_exceeded
     └── StorageError                    507  storage_failed
         └── StorageFullError            507  storage_full
 
@@ -82,6 +85,14 @@ class AuthenticationError(ApiError):
     @property
     def headers(self) -> dict[str, str]:
         return {"www-authenticate": "Bearer"}
+
+
+class PermissionDeniedError(ApiError):
+    """The key is known, and is not an admin's."""
+
+    status = 403
+    type = "permission_error"
+    default_code = "admin_key_required"
 
 
 class ModelNotFoundError(ApiError):
@@ -158,13 +169,26 @@ class ConflictError(ApiError):
 
 
 class QueueFullError(ApiError):
+    """There is no room for anybody's request."""
+
     status = 429
     type = "rate_limit_error"
     default_code = "queue_full"
 
+    def __init__(self, message: str, *, retry_after: int = RETRY_AFTER_QUEUE_SECONDS) -> None:
+        """`retry_after`: seconds after which there may be room."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
     @property
     def headers(self) -> dict[str, str]:
-        return {"retry-after": str(RETRY_AFTER_QUEUE_SECONDS)}
+        return {"retry-after": str(self.retry_after)}
+
+
+class RateLimitError(QueueFullError):
+    """One of the limits of the client's own key is reached."""
+
+    default_code = "rate_limit_exceeded"
 
 
 class GenerationError(ApiError):
@@ -241,6 +265,18 @@ class GenerationLostError(EngineUnavailableError):
 
     def __init__(self) -> None:
         super().__init__("The engine failed in the middle of this request, and is being restarted. Try again.")
+
+
+class DeadlineError(ApiError):
+    """The answer, or its first token, did not come within the time that server or client set."""
+
+    status = 504
+    default_code = "deadline_exceeded"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        # OpenAI's libraries would ask a server again that is too slow already.
+        return {"x-should-retry": "false"}
 
 
 def shown(value: Any) -> str:

@@ -28,6 +28,7 @@ from server.api.responses import (
     Usage,
 )
 from server.api.serving import ChunkUsage, answer, read_body, runtime_of, served_model, stream
+from server.api.terms import ENTERING
 from server.api.tool_plans import plan_chat_tools
 from server.api.turns import begin_turn
 from server.engine.types import PromptTokenLogprob, TokenLogprob
@@ -42,6 +43,7 @@ _CALL_ID = "call_{}"
 
 @router.post(
     "/v1/chat/completions",
+    dependencies=[ENTERING],
     summary="Continue a conversation",
     openapi_extra=body_of(ChatCompletionRequest, answer=ChatCompletion, stream=ChatCompletionChunk),
 )

@@ -19,7 +19,7 @@ from server.api.formats import ResponseFormat, StructuredOutputs
 from server.api.prompts import INLINE_CHARS
 from server.api.protocol import GenerationFields
 from server.errors import InvalidRequestError
-from server.frontend.admission import check_token_ids
+from server.frontend.fitting import check_token_ids
 from server.frontend.grammar_check import GrammarChecker
 from server.frontend.grammar_worker import Question, Syntax
 from server.frontend.served_model import ServedModel

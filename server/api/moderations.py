@@ -15,10 +15,11 @@ from server.api.openapi import body_of
 from server.api.prompts import rendered_token_ids
 from server.api.protocol import MODEL, GenerationFields
 from server.api.responses import Head
-from server.api.serving import admission_of, admit, answer, read_body, runtime_of, served_model
+from server.api.serving import admit, answer, read_body, runtime_of, served_model
+from server.api.terms import ENTERING, terms_of
 from server.engine.types import SamplingParams
 from server.errors import InvalidRequestError
-from server.frontend.admission import resolve_max_tokens
+from server.frontend.fitting import resolve_max_tokens
 from server.frontend.generation import ChoiceRequest, Generation
 from server.frontend.request_state import StopConditions
 from server.frontend.served_model import ServedModel
@@ -92,6 +93,7 @@ class Moderation(Struct):
 
 @router.post(
     "/v1/moderations",
+    dependencies=[ENTERING],
     summary="Which policies a text violates",
     openapi_extra=body_of(ModerationRequest, answer=Moderation),
 )
@@ -100,7 +102,7 @@ async def create_moderation(request: Request) -> Response:
     body, headers = await read_body(request, ModerationRequest)
     model = served_model(runtime, body.model)
     policies: Sequence[Policy] = request.app.state.policies
-    admission_of(request).check_count(len(body.input) * len(policies))
+    terms_of(request).admission.check_count(len(body.input) * len(policies))
     choices = await _choices(body.input, policies, model)
     generation = admit(request, model, choices, GenerationFields.model_validate({}))
     warning: str | UnsetType = UNSET

@@ -10,7 +10,7 @@ from server.api.constraints import OutputConstraints
 from server.api.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
 from server.engine.types import SamplingParams
 from server.errors import InvalidRequestError
-from server.frontend.admission import check_token_ids
+from server.frontend.fitting import check_token_ids
 from server.frontend.request_state import StopConditions
 from server.frontend.served_model import ServedModel
 from server.frontend.tool_grammar import ToolPlan

@@ -10,7 +10,7 @@ from typing import TypeVar
 from server.api.protocol import GenerationFields
 from server.chat_template import ChatMessage, ChatTemplateError, RenderedChat, render_chat
 from server.errors import InvalidRequestError
-from server.frontend.admission import check_text_length
+from server.frontend.fitting import check_text_length
 from server.frontend.served_model import ServedModel
 from server.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, InvalidTextError
 

@@ -19,7 +19,7 @@ from server.api.protocol import (
 from server.api.responses import Text, Tokens, json_response
 from server.api.serving import ignored_headers, read_body, runtime_of, served_model
 from server.api.tool_plans import plan_tools
-from server.frontend.admission import check_token_ids
+from server.frontend.fitting import check_token_ids
 
 router = APIRouter()
 

@@ -13,7 +13,7 @@ from server.api.protocol import GenerationFields
 from server.api.serving import admit, runtime_of
 from server.api.tool_plans import constrained_to
 from server.chat_template import ChatMessage
-from server.frontend.admission import check_token_ids, resolve_max_tokens
+from server.frontend.fitting import check_token_ids, resolve_max_tokens
 from server.frontend.generation import ChoiceRequest
 from server.frontend.served_model import ServedModel
 from server.frontend.tool_grammar import ToolPlan

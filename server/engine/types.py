@@ -84,6 +84,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Sequences share cached prefixes only under one salt."""
     priority: int = 0
     """Sequences with a lower one go first. -2**63 <= priority < 2**63."""
+    tenant: str = ""
+    """Sequences of one priority share the engine evenly among tenants."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):

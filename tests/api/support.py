@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 
 from server.app import create_app
 from server.batches.store import Store
@@ -239,9 +240,14 @@ class LiveServer:
         return self.engine.script
 
     @property
+    def app(self) -> FastAPI:
+        app = self._server.config.app
+        assert isinstance(app, FastAPI)
+        return app
+
+    @property
     def in_flight(self) -> int:
-        app: Any = self._server.config.app
-        in_flight: int = app.state.admission.in_flight
+        in_flight: int = self.app.state.admission.in_flight
         return in_flight
 
     def chat(self, content: str = "ab", **fields: Any) -> httpx.Response:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.middleware import OPEN_PATHS
+from server.api.auth import OPEN_PATHS
 from tests.api.support import LiveServer, assert_error, live_server, wait_until
 
 PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
@@ -243,6 +243,7 @@ def paths_of(live: LiveServer) -> list[str]:
     return [*document["paths"], "/docs", "/redoc", "/openapi.json", "/nope", "/", "/v1/models/x/y"]
 
 
+@pytest.mark.covers("S01", "H15")
 def test_every_path_but_probes_and_metrics_needs_a_key(small: LiveServer) -> None:
     paths = paths_of(small)
     assert set(paths) >= OPEN_PATHS
@@ -261,6 +262,7 @@ def test_every_path_but_probes_and_metrics_needs_a_key(small: LiveServer) -> Non
                     assert_error(response, 401, code="invalid_api_key")
 
 
+@pytest.mark.covers("S01", "H14")
 @pytest.mark.parametrize(
     "headers",
     [
@@ -285,18 +287,21 @@ def test_no_other_way_in_than_a_key(small: LiveServer, headers: list[tuple[str, 
         assert stranger.get("/v1/models?key=first-key", headers=headers).status_code == 401
 
 
+@pytest.mark.covers("S01")
 def test_an_empty_key_locks_the_server_rather_than_opening_it() -> None:
     with live_server(api_key=[""]) as server:
         assert server.http.get("/v1/models").status_code == 401
         assert server.http.get("/v1/models", headers={"authorization": "Bearer"}).status_code == 401
 
 
+@pytest.mark.covers("S01")
 @pytest.mark.parametrize("value", ["Bearer first-key", "bearer second-key", "BEARER  first-key"])
 def test_each_key_lets_in(small: LiveServer, value: str) -> None:
     with httpx.Client(base_url=small.url) as client:
         assert client.get("/v1/models", headers={"authorization": value}).status_code == 200
 
 
+@pytest.mark.covers("S01", "R10")
 @pytest.mark.parametrize(
     "target", ["/livez/../v1/models", "//livez", "/livez/", "/LIVEZ", "/livez%2f..%2fv1/models"]
 )
@@ -307,6 +312,7 @@ def test_a_path_that_looks_open_is_not(small: LiveServer, target: str) -> None:
     connection.close()
 
 
+@pytest.mark.covers("S10")
 def test_keys_do_not_share_cached_prefixes(small: LiveServer) -> None:
     small.engine.submitted.clear()
 

@@ -136,6 +136,7 @@ def test_a_reader_that_stands_still_does_not_hold_up_the_others(server: LiveServ
         sock.close()
 
 
+@pytest.mark.covers("K13")
 def test_a_full_server_refuses_at_once_and_recovers() -> None:
     with live_server(max_queued_requests=3) as server:
         slow_and_endless(server, delay=30)
@@ -145,10 +146,10 @@ def test_a_full_server_refuses_at_once_and_recovers() -> None:
             assert "3" in assert_error(response, 429, code="queue_full")
             assert int(response.headers["retry-after"]) >= 1
         assert server.metric('gemma_requests_rejected_total{reason="queue_full"}') == 3
-        assert_error(server.complete(n=4), 400, param="n")
         for sock in busy:
             sock.close()
         server.assert_idle()
+        assert_error(server.complete(n=4), 400, param="n")
         server.script.delay = 0
         assert server.complete(n=3).status_code == 200
 

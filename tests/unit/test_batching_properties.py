@@ -77,6 +77,7 @@ class EngineMachine(RuleBasedStateMachine):
         cache_salt=st.sampled_from(["", "", "other"]),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
         priority=st.sampled_from([0, 0, 0, -1, 3]),
+        tenant=st.sampled_from(["", "a", "b"]),
     )
     def add(
         self,
@@ -88,6 +89,7 @@ class EngineMachine(RuleBasedStateMachine):
         cache_salt: str,
         prompt_logprobs: int | None,
         priority: int,
+        tenant: str,
     ) -> None:
         request = make_request(
             str(len(self.requests)),
@@ -95,6 +97,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_tokens,
             cache_salt,
             priority,
+            tenant,
             stop_token_ids=stop_token_ids,
             prompt_logprobs=prompt_logprobs,
         )

@@ -21,6 +21,7 @@ from server.api.prompts import chat_token_ids
 from server.api.protocol import GenerationFields
 from server.api.responses import json_response
 from server.api.serving import answer, read_body, runtime_of, served_model, stream
+from server.api.terms import ENTERING
 from server.api.turns import begin_turn
 
 router = APIRouter()
@@ -28,6 +29,7 @@ router = APIRouter()
 
 @router.post(
     "/v1/messages",
+    dependencies=[ENTERING],
     summary="Continue a conversation, as Anthropic's API does",
     openapi_extra=body_of(MessagesRequest, answer=MessageAnswer, stream=MessageEvent),
 )

@@ -22,6 +22,7 @@ from server.api.openapi import body_of
 from server.api.params import DEFAULT_TEMPERATURE, DEFAULT_TOP_P, Logprobs, check_logprobs
 from server.api.protocol import GenerationFields
 from server.api.serving import answer, read_body, runtime_of, served_model, stream
+from server.api.terms import ENTERING
 from server.api.tool_plans import plan_tools
 from server.api.tools import ToolChoice
 from server.api.turns import begin_turn
@@ -34,6 +35,7 @@ _CHAT_FORMAT = "response_format"
 
 @router.post(
     "/v1/responses",
+    dependencies=[ENTERING],
     summary="Continue a conversation, as OpenAI's Responses API does",
     openapi_extra=body_of(ResponsesRequest, answer=ResponseObject, stream=ResponseEvent),
 )
