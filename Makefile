@@ -70,6 +70,14 @@ bench-peers: $(DEV)  ## Measure vLLM, llama.cpp and this server in one run for d
 fuzz: $(DEV)  ## 5,000 requests made from the OpenAPI document, right and wrong ones, to a real server
 	@$(BIN)/python -m pytest -m slow tests/fuzz $(ARGS)
 
+.PHONY: chaos
+chaos: $(DEV)  ## Real servers that are killed, stopped, starved and left
+	@$(BIN)/python -m pytest -m "not gpu and not network" tests/chaos $(ARGS)
+
+.PHONY: soak
+soak: $(DEV)  ## Thousands of mixed requests to one server, and what they leave behind
+	@$(BIN)/python -m pytest -m "not gpu and not network" tests/soak $(ARGS)
+
 .PHONY: conformance
 conformance: $(DEV)  ## Ask this server for all that OpenAI's API promises; another: ARGS="--base-url http://host:8000"
 	@$(BIN)/python -m conformance $(ARGS)
@@ -83,8 +91,9 @@ test-sdk: $(DEV)  ## Run the official SDKs and an agent framework against the em
 	@$(BIN)/python -m pytest -m "not gpu and not network" tests/sdk $(ARGS)
 
 .PHONY: docs
-docs: $(DEV)  ## Write docs/options.md from the declaration of the options
+docs: $(DEV)  ## Write docs/options.md from the options, and docs/reliability.md from the cases and their tests
 	@$(BIN)/python -m tools.gen_options
+	@$(BIN)/python -m tools.gen_reliability
 
 .PHONY: setup
 setup: $(DEV)  ## Make the environment for development, and the git hook

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from server.config import ServerConfig, option_name, variable_name
+from tools import gen_reliability
 from tools.gen_options import OPTIONS_PAGE, options_page
 
 ROOT = Path(__file__).parent.parent
@@ -150,6 +151,15 @@ def test_files_are_short(path: Path) -> None:
 
 def test_the_options_page_is_up_to_date() -> None:
     assert OPTIONS_PAGE.read_text(encoding="utf-8") == options_page(), "run `make docs`"
+
+
+def test_every_case_of_reliability_is_shown_by_a_test_or_has_its_reason() -> None:
+    assert gen_reliability.problems(gen_reliability.load_cases(), gen_reliability.load_tests()) == []
+
+
+def test_the_reliability_page_is_up_to_date() -> None:
+    page = gen_reliability.RELIABILITY_PAGE.read_text(encoding="utf-8")
+    assert page == gen_reliability.reliability_page(), "run `make docs`"
 
 
 @pytest.mark.parametrize("name", [*ServerConfig.model_fields, "config"])
