@@ -35,8 +35,8 @@ test: $(DEV)  ## Run all tests but the slow ones; options: make test ARGS="-k to
 	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(DEV)  ## Run the slow tests
-	@$(BIN)/python -m pytest -m "slow and not gpu and not network" $(ARGS)
+test-slow: $(DEV)  ## Run the slow tests; chaos and soak have verbs of their own
+	@$(BIN)/python -m pytest -m "slow and not gpu and not network" --ignore tests/chaos --ignore tests/soak $(ARGS)
 
 .PHONY: check
 check: $(DEV)  ## Format, lint, types, layout and import direction
