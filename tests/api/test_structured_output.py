@@ -150,6 +150,7 @@ def test_every_choice_and_prompt_has_the_grammar(server: LiveServer) -> None:
     assert len(server.engine.submitted) == 4
 
 
+@pytest.mark.covers("R27")
 @pytest.mark.parametrize(
     ("schema", "keyword"),
     [
@@ -202,6 +203,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.covers("R27")
 @pytest.mark.parametrize("fields", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_grammar_is_refused_soon_and_holds_nobody_up(
     server: LiveServer, fields: dict[str, Any]
@@ -250,6 +252,7 @@ def test_too_many_grammars_at_once_are_refused_with_429(
     server.assert_idle()
 
 
+@pytest.mark.covers("R28")
 def test_the_checker_forgets_what_was_asked_for_longest_ago(
     server: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -253,6 +253,7 @@ def function(**fields: Any) -> dict[str, Any]:
     return {"tools": [{"type": "function", "function": {"name": "f", **fields}}]}
 
 
+@pytest.mark.covers("R29")
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -319,6 +320,7 @@ def calls(*ids: str, **fields: Any) -> dict[str, Any]:
 RESULT = {"role": "tool", "tool_call_id": "1", "content": "r"}
 
 
+@pytest.mark.covers("R13")
 @pytest.mark.parametrize(
     ("messages", "param"),
     [

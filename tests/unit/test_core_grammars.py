@@ -214,6 +214,7 @@ def test_what_does_not_compile_ends_its_sequence_alone(gate: Gate, with_vocabula
     assert last["good"].finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.covers("R28")
 def test_the_compiler_forgets_what_was_asked_for_longest_ago(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

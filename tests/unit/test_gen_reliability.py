@@ -54,6 +54,7 @@ def test_the_marks_of_a_module_are_those_of_its_tests(tmp_path: Path) -> None:
         '@pytest.mark.covers("R01")\n@pytest.mark.xfail(reason="x")\ndef test_one(): ...',
         '@pytest.mark.covers("R01")\ndef helper(): ...',
         'CASE = "R01"\n@pytest.mark.covers(CASE)\ndef test_one(): ...',
+        '@pytest.mark.covers("R01")\n@pytest.mark.covers("R02")\ndef test_one(): ...',
         'pytestmark = pytest.mark.covers("R01")',
         'X = pytest.param(1, marks=pytest.mark.covers("R01"))',
     ],

@@ -62,6 +62,7 @@ def test_splitting_at_control_tokens_equals_the_librarys_own_parse(
         assert ours.encode_controls(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
 
 
+@pytest.mark.covers("S12")
 def test_text_mode_never_yields_a_control_token(real_tokenizer: Tokenizer) -> None:
     rng = random.Random(8)
     parts = [
