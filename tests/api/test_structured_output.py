@@ -176,6 +176,24 @@ def test_a_keyword_that_cannot_be_followed_is_named(
     assert server.engine.submitted == []
 
 
+@pytest.mark.covers("R27")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guided_json": {"$ref": "#"}},
+        {
+            "guided_json": {
+                "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
+                "$ref": "#/$defs/a",
+            }
+        },
+        {"structured_outputs": {"json": {"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}}},
+    ],
+)
+def test_a_form_that_no_text_has_is_refused(server: LiveServer, fields: dict[str, Any]) -> None:
+    assert "no text matches it" in assert_error(server.chat("ab", **fields), 400)
+
+
 def chain(count: int) -> str:
     links = "\n".join(f"R{number}: R{number + 1}" for number in range(count))
     return f'start: R0\n{links}\nR{count}: "a"'
