@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,12 @@ def test_a_tokenizer_without_bos_is_refused() -> None:
     backend = tokenizers.Tokenizer.from_buffer(make_tiny_tokenizer_json().replace(b"<bos>", b"<b_o_s>"))
     with pytest.raises(TokenizerError, match="no <bos> token"):
         Tokenizer(backend)
+
+
+@pytest.mark.covers("S23")
+def test_the_text_of_a_million_tokens_takes_no_time(tiny_tokenizer: Tokenizer) -> None:
+    ids = list(range(300)) * 5000
+    started = time.process_time()
+    text = tiny_tokenizer.decode(ids)
+    assert time.process_time() - started < 1
+    assert text == tiny_tokenizer.decode(ids[:300]) * 5000
