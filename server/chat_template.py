@@ -124,9 +124,14 @@ def join_text_parts(texts: Iterable[str]) -> str:
 @dataclass(slots=True)
 class _Turn:
     role: Literal["user", "model"]
-    text: str
+    parts: list[str]
+    """Paragraphs, joined only at the end: there may be thousands."""
     first_index: int
     """Of the message that began it."""
+
+    @property
+    def text(self) -> str:
+        return _PARAGRAPH.join(part for part in self.parts if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +156,13 @@ def _turns(messages: Sequence[ChatMessage], declarations: str) -> tuple[list[_Tu
     def append(role: Literal["user", "model"], text: str, index: int) -> None:
         if turns and turns[-1].role == role:
             turn = turns[-1]
-            turn.text = _PARAGRAPH.join(part for part in (turn.text, text) if part)
+            turn.parts.append(text)
             if index != _OURS:
                 notes.append(
                     f"messages[{index}] was merged into the {role} turn of messages[{turn.first_index}]"
                 )
         else:
-            turns.append(_Turn(role, text, index))
+            turns.append(_Turn(role, [text], index))
 
     for index, message in enumerate(messages):
         match message.role:

@@ -150,7 +150,9 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`, without the control tokens unless asked for. Ids without a piece have no text."""
         skipped = self.control_token_ids if skip_special_tokens else frozenset[int]()
-        data = b"".join([self.token_bytes(token_id) for token_id in ids if token_id not in skipped])
+        # A client may ask for the text of millions: each token is looked up once.
+        known = {token_id: self.token_bytes(token_id) for token_id in set(ids) - skipped}
+        data = b"".join([known[token_id] for token_id in ids if token_id in known])
         return data.decode("utf-8", BYTE_REPLACEMENT)
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -6,6 +6,7 @@ the repository and checked against their SHA-256.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -44,12 +45,12 @@ def gemma3_tokenizer_file() -> Path:
 @pytest.fixture(scope="session")
 def gemma2_tokenizer(gemma2_tokenizer_file: Path) -> Tokenizer:
     """Gemma 1 and 2 share one vocabulary."""
-    return Tokenizer.from_file(gemma2_tokenizer_file)
+    return _read(gemma2_tokenizer_file)
 
 
 @pytest.fixture(scope="session")
 def gemma3_tokenizer(gemma3_tokenizer_file: Path) -> Tokenizer:
-    return Tokenizer.from_file(gemma3_tokenizer_file)
+    return _read(gemma3_tokenizer_file)
 
 
 @pytest.fixture(scope="session", params=["gemma2", "gemma3"])
@@ -102,6 +103,11 @@ def tiny_vocabulary() -> tuple[list[str], list[int], list[float]]:
     ]
     scores = [*[0.0] * (len(pieces) - len(normal)), *(-float(rank) for rank in range(len(normal)))]
     return pieces, types, scores
+
+
+@functools.cache  # it takes seconds, and more than one folder has the fixtures
+def _read(file: Path) -> Tokenizer:
+    return Tokenizer.from_file(file)
 
 
 def _real_file(name: str) -> Path:

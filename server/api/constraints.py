@@ -29,6 +29,7 @@ from server.tokenizer import InvalidTextError, Tokenizer
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 _IN_OUR_WORDS = {
     "Unimplemented keys:": "unsupported keywords:",
+    "NoExtensionBias": "no text matches it",
     "oneOf constraints are not supported. Enable 'coerce_one_of' option to approximate oneOf with anyOf": (
         "'oneOf' is supported only where its branches cannot overlap; 'anyOf' always is"
     ),

@@ -23,6 +23,8 @@ MAX_MESSAGES = 10_000
 MAX_CACHE_SALT_CHARS = 128
 MAX_CALLS = 1024
 """Tool calls in one message."""
+MAX_NAME_CHARS = 128
+"""Of a function that was called: its name is repeated with each result."""
 
 # Fields of several bodies.
 MODEL: Any = Field(None, description="A name of the served model. Default: the one there is.")
@@ -193,7 +195,7 @@ TextParts = Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class CalledFunction(WireModel):
-    name: str = Field(description="The function's. Required.")
+    name: str = Field(max_length=MAX_NAME_CHARS, description="The function's. Required.")
     arguments: str = Field(description="JSON, as the model wrote it. Required.")
 
 

@@ -14,6 +14,7 @@ from server.errors import InvalidRequestError, shown
 from server.frontend.grammar_check import GrammarChecker
 from server.frontend.grammar_worker import Question
 from server.frontend.tool_grammar import ToolPlan, arguments_grammar
+from server.grammar_library import MAX_GRAMMAR_CHARS
 from server.tool_format import Tool
 
 MAX_TOOLS = 128
@@ -38,6 +39,7 @@ async def plan_tools(
             raise InvalidRequestError("'tool_choice' needs 'tools'.", param="tool_choice")
         return ToolPlan(), []
     _check_names(declared)
+    _check_size(declared)
     loose = [item for item in declared if not await _is_enforceable(item, grammars)]
     loose_params = [item.parameters_param for item in loose]
     tools = {item.tool.name: item.tool for item in declared}
@@ -102,6 +104,16 @@ def _check_names(declared: Sequence[DeclaredTool]) -> None:
                 param=param,
             )
         seen[name] = item
+
+
+def _check_size(declared: Sequence[DeclaredTool]) -> None:
+    """They would be of one grammar: what is too large for that is refused before any of it is compiled."""
+    size = sum(len(_question(item.tool, is_loose=False).text) for item in declared)
+    if size > MAX_GRAMMAR_CHARS:
+        raise InvalidRequestError(
+            f"'tools' have schemas of {size} characters; at most {MAX_GRAMMAR_CHARS} are allowed.",
+            param="tools",
+        )
 
 
 async def _is_enforceable(item: DeclaredTool, grammars: GrammarChecker) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from server.engine.types import FinishReason, SequenceOutput, TokenLogprob
 from server.frontend.detokenizer import Detokenizer
@@ -212,6 +213,7 @@ class _StopMatcher:
         return is_match
 
 
+@lru_cache(maxsize=64)  # the choices of a request share theirs: there may be a thousand
 def _borders(string: str) -> Sequence[int]:
     """[n]: length of the longest proper beginning of string[:n] that string[:n] also ends with."""
     borders = [0, 0]
@@ -220,4 +222,4 @@ def _borders(string: str) -> Sequence[int]:
         while length and string[length] != character:
             length = borders[length]
         borders.append(length + 1 if string[length] == character else 0)
-    return borders
+    return tuple(borders)

@@ -25,6 +25,7 @@ JSON = {"content-type": "application/json"}
 # --- bodies ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("R01", "R02", "R03", "R04", "R05")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "body",
@@ -59,18 +60,21 @@ def test_what_is_no_json_object_is_refused(server: LiveServer, path: str, body: 
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.covers("R02")
 def test_a_number_beyond_floats_is_refused_like_infinity(server: LiveServer) -> None:
     body = b'{"prompt": "a", "temperature": 1e400}'
     response = server.http.post("/v1/completions", content=body, headers=JSON)
     assert_error(response, 400, param="temperature")
 
 
+@pytest.mark.covers("R02")
 def test_of_duplicate_keys_the_last_counts(server: LiveServer) -> None:
     body = b'{"prompt": "a", "max_tokens": 0, "max_tokens": 3}'
     assert server.http.post("/v1/completions", content=body, headers=JSON).status_code == 200
     assert server.engine.submitted[0].params.max_tokens == 3
 
 
+@pytest.mark.covers("R09")
 @pytest.mark.parametrize("media_type", ["text/plain", "multipart/form-data; boundary=x", "application/x-json5"])
 def test_another_content_type_is_refused(server: LiveServer, media_type: str) -> None:
     response = server.http.post(
@@ -84,6 +88,7 @@ def test_json_may_be_called_so_or_go_without_a_type(server: LiveServer, headers:
     assert server.http.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers).status_code == 200
 
 
+@pytest.mark.covers("R08")
 def test_a_compressed_body_is_refused(server: LiveServer) -> None:
     headers = {**JSON, "content-encoding": "gzip"}
     assert_error(server.http.post("/v1/completions", content=b"\x1f\x8b", headers=headers), 415)
@@ -96,11 +101,13 @@ def small() -> Iterator[LiveServer]:
         yield live
 
 
+@pytest.mark.covers("R07")
 def test_a_body_over_the_limit_is_refused_by_its_header(small: LiveServer) -> None:
     assert "5000" in assert_error(small.complete("a" * 5000), 413, code="body_too_large")
     assert_error(small.complete("a" * 4900), 400, code="context_length_exceeded")
 
 
+@pytest.mark.covers("R07")
 def test_a_body_over_the_limit_is_refused_without_its_length_and_the_rest_unread(small: LiveServer) -> None:
     sent = 0
 
@@ -119,6 +126,7 @@ def test_a_body_over_the_limit_is_refused_without_its_length_and_the_rest_unread
     assert sent < 1 << 28
 
 
+@pytest.mark.covers("R08")
 def test_a_length_that_lies_harms_nobody(server: LiveServer) -> None:
     with server.connect() as sock:
         sock.sendall(
@@ -149,6 +157,7 @@ def test_a_body_that_does_not_come_is_given_up(server: LiveServer, monkeypatch: 
 # --- paths and methods -------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("R10")
 @pytest.mark.parametrize(
     "path",
     ["/", "/nope", "/v1", "//v1/models", "/V1/models", "/v1/models/", "/v1/chat/completions/", "/v1/%2e%2e/x"],
@@ -162,6 +171,7 @@ def test_an_unknown_path_is_a_404_in_openai_s_shape(server: LiveServer, path: st
     connection.close()
 
 
+@pytest.mark.covers("R10")
 def test_another_method_is_a_405_that_names_the_right_one(server: LiveServer) -> None:
     response = server.http.get("/v1/chat/completions")
     assert_error(response, 405)
@@ -382,6 +392,7 @@ def test_a_client_that_leaves_within_its_body_harms_nobody(server: LiveServer) -
     wait_until(lambda: server.metric(series) >= 20)
 
 
+@pytest.mark.covers("R03")
 def test_the_event_loop_does_not_stand_still_for_a_large_body(server: LiveServer) -> None:
     gaps = []
     over = threading.Event()

@@ -87,6 +87,7 @@ def test_streamed_text_is_the_whole_text_for_every_kind_of_sampling(server: Serv
             assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == whole
 
 
+@pytest.mark.covers("R26")
 def test_a_seeded_request_says_the_same_alone_and_in_company(server: ServerProcess) -> None:
     bodies = [
         {
@@ -168,6 +169,7 @@ def test_a_shared_prefix_is_computed_once(server: ServerProcess) -> None:
     assert second["choices"][0]["text"] == first["choices"][0]["text"]
 
 
+@pytest.mark.covers("R15", "R16", "R18", "R21", "R22", "R23", "R24", "R25", "R26", "R27")
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -200,6 +202,7 @@ def test_bad_input_is_named_and_harms_nobody(
     assert server.engine.pid == engine
 
 
+@pytest.mark.covers("R34")
 def test_echoed_logprobs_are_those_of_generation(server: ServerProcess) -> None:
     with server.client() as client:
         ids = client.post("/tokenize", json={"prompt": "abc"}).json()["tokens"]

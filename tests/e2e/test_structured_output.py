@@ -130,6 +130,7 @@ def test_bad_words_and_allowed_tokens_hold(server: ServerProcess) -> None:
         assert reason == "length", "no end token was allowed"
 
 
+@pytest.mark.covers("R27")
 def test_streams_go_on_while_hostile_grammars_come(server: ServerProcess) -> None:
     hostile: list[dict[str, Any]] = [
         {"grammar": "start: R0\n" + "\n".join(f"R{i}: R{i + 1}" for i in range(12_000)) + '\nR12000: "a"'},

@@ -234,6 +234,7 @@ def test_a_compiler_that_fails_on_one_grammar_goes_on_with_the_next(
     assert run(core)["good"].finish_reason is not FinishReason.ERROR
 
 
+@pytest.mark.covers("R28")
 def test_the_compiler_forgets_what_was_asked_for_longest_ago(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,7 @@ def _system(body: CountTokensRequest) -> Iterator[ChatMessage]:
 
 def _assistant_message(blocks: Sequence[ContentBlock], param: str) -> ChatMessage:
     texts: list[str] = []
-    calls: list[ToolCall] = []
+    calls: dict[str, ToolCall] = {}
     for index, block in enumerate(blocks):
         where = f"{param}.content[{index}]"
         match block.type:
@@ -72,16 +72,16 @@ def _assistant_message(blocks: Sequence[ContentBlock], param: str) -> ChatMessag
                 texts.append(_needed(block.text, f"{where}.text"))
             case "tool_use":
                 call_id = _needed(block.id, f"{where}.id")
-                if any(call.id == call_id for call in calls):
+                if call_id in calls:
                     raise InvalidRequestError(
                         f"'{where}.id' is {shown(call_id)}, as that of a block before it; ids must be unique.",
                         param=f"{where}.id",
                     )
                 arguments = json.dumps(_needed(block.input, f"{where}.input"), ensure_ascii=False)
-                calls.append(ToolCall(call_id, _needed(block.name, f"{where}.name"), arguments))
+                calls[call_id] = ToolCall(call_id, _needed(block.name, f"{where}.name"), arguments)
             case "tool_result":
                 raise _misplaced(block, where, "a user's")
-    return ChatMessage("assistant", _PARAGRAPH.join(texts), tuple(calls))
+    return ChatMessage("assistant", _PARAGRAPH.join(texts), tuple(calls.values()))
 
 
 def _user_messages(blocks: Sequence[ContentBlock], param: str, calls: set[str]) -> Iterator[ChatMessage]:

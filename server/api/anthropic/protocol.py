@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from server.api.field_types import WireModel
-from server.api.protocol import MESSAGES, MODEL, STREAM, TOP_P, TextPart
+from server.api.protocol import MAX_NAME_CHARS, MESSAGES, MODEL, STREAM, TOP_P, TextPart
 
 MAX_STOP_SEQUENCES = 4
 MAX_STOP_CHARS = 1000
@@ -22,7 +22,9 @@ class ContentBlock(WireModel):
     type: Literal["text", "tool_use", "tool_result"] = Field(description="The kind of block. Required.")
     text: str | None = Field(None, description="Of a `text`. Default: none, in others.")
     id: str | None = Field(None, min_length=1, description="Of a `tool_use`. Default: none, in others.")
-    name: str | None = Field(None, description="Of a `tool_use`. Default: none, in others.")
+    name: str | None = Field(
+        None, max_length=MAX_NAME_CHARS, description="Of a `tool_use`. Default: none, in others."
+    )
     input: dict[str, Any] | None = Field(None, description="Of a `tool_use`. Default: none, in others.")
     tool_use_id: str | None = Field(None, description="Of a `tool_result`. Default: none, in others.")
     content: str | TextBlocks | None = Field(None, description="Of a `tool_result`; only text. Default: empty.")
