@@ -70,6 +70,10 @@ bench-peers: $(DEV)  ## Measure vLLM, llama.cpp and this server in one run for d
 fuzz: $(DEV)  ## 5,000 requests made from the OpenAPI document, right and wrong ones, to a real server
 	@$(BIN)/python -m pytest -m slow tests/fuzz $(ARGS)
 
+.PHONY: soak
+soak: $(DEV)  ## 10,000 requests of all kinds to a real server: nothing may leak or grow; options: ARGS="--requests 2000"
+	@$(BIN)/python -m tests.soak.soak $(ARGS)
+
 .PHONY: conformance
 conformance: $(DEV)  ## Ask this server for all that OpenAI's API promises; another: ARGS="--base-url http://host:8000"
 	@$(BIN)/python -m conformance $(ARGS)

@@ -119,9 +119,10 @@ def _read(connection: socket.socket, inbox: Inbox) -> None:
                 inbox.put(transport.decode_to_engine(payload))
             except msgspec.MsgspecError as error:
                 logger.error("dropped a message that is not in the protocol: %s", error)
-    except OSError as error:
+    except (OSError, transport.FrameError) as error:
         logger.error("lost the connection to the front: %s", error)
-    inbox.put(None)
+    finally:
+        inbox.put(None)  # whatever it was, without its reader the loop would wait for ever
 
 
 def _write(connection: socket.socket, outbox: queue.SimpleQueue[FromEngine | None]) -> None:

@@ -13,10 +13,17 @@ import msgspec
 from server.engine.types import FromEngine, ToEngine
 
 LENGTH_BYTES = 4
+MAX_FRAME_BYTES = 1 << 28
+"""Of a frame that is read: several times the largest request. A longer one means that the stream is out of step,
+for which there is no cure."""
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)
 _from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+class FrameError(ValueError):
+    """What is on the socket is no frame."""
 
 
 def encode_frame(message: ToEngine | FromEngine) -> bytes:
@@ -37,9 +44,14 @@ def decode_from_engine(payload: bytes) -> FromEngine:
 
 
 def read_frame(connection: socket.socket) -> bytes | None:
-    """The next frame's payload; None when the other side has closed. Blocks."""
+    """The next frame's payload; None when the other side has closed. Blocks. Raises FrameError, OSError."""
     header = _read_exactly(connection, LENGTH_BYTES)
-    return None if header is None else _read_exactly(connection, int.from_bytes(header, "big"))
+    if header is None:
+        return None
+    size = int.from_bytes(header, "big")
+    if size > MAX_FRAME_BYTES:
+        raise FrameError(f"a frame of {size} bytes was announced; {MAX_FRAME_BYTES} is the limit")
+    return _read_exactly(connection, size)
 
 
 def _read_exactly(connection: socket.socket, size: int) -> bytes | None:
