@@ -204,7 +204,7 @@ class Tokenizer:
             or num_missing > _MAX_ROWS_WITHOUT_PIECE
         ):
             raise TokenizerError(
-                f"the tokenizer has {self.vocab_size} tokens and the model's embedding {num_embeddings} rows, so "
+                f"the tokenizer has {self.vocab_size} tokens and the model's embedding {num_embeddings} rows: "
                 "they do not belong together"
             )
 

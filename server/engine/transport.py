@@ -14,8 +14,8 @@ from server.engine.types import FromEngine, ToEngine
 
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 1 << 28
-"""Of a frame that is read: several times the largest request. A longer one means that the stream is out of step,
-for which there is no cure."""
+"""Of a frame that is read: several times the largest request. A longer one means that the stream is out of
+step, for which there is no cure."""
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

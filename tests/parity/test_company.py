@@ -1,6 +1,6 @@
 """Whatever else runs, whatever order it came in, however little memory there is: the same tokens and logprobs.
 
-On the native back end, whose arithmetic does not depend on the batch, so that everything is compared bit for bit.
+On the native back end, whose arithmetic does not depend on the batch: everything is compared bit for bit.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def test_the_order_of_arrival_changes_nothing_that_is_said(seed: int) -> None:
 @pytest.mark.covers("K08", "K10")
 @pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3", "gemma3-all-sliding"])
 def test_a_hit_of_any_length_says_what_a_miss_says(name: str) -> None:
-    """Nothing cached, a part, whole blocks to the last token, and the whole prompt; also longer than the window."""
+    """Nothing cached, a part, whole blocks to the last token, the whole prompt; also longer than the window."""
     whole = prompt(3 * WINDOW + 1, seed=1)
     crowd = [
         request(whole[:length] + tail, f"{length}{tail}", max_tokens=6, temperature=1.0, seed=length)
@@ -120,7 +120,9 @@ def test_a_hit_of_any_length_says_what_a_miss_says(name: str) -> None:
 def shared_with(whole: list[int], one: GenerateRequest) -> int:
     """Length of the common beginning."""
     pairs = zip(whole, one.prompt_token_ids, strict=False)
-    return next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), len(one.prompt_token_ids))
+    return next(
+        (index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), len(one.prompt_token_ids)
+    )
 
 
 @pytest.mark.covers("K09")
@@ -141,7 +143,9 @@ def test_a_cache_of_a_tenth_of_what_is_asked_for_changes_nothing_that_is_said() 
     prefixes = [prompt(5 * BLOCK, seed=number) for number in range(16)]
     chance = random.Random(5)
     crowd = [
-        request([*chance.choice(prefixes)[: chance.randrange(4, 21)], number % VOCAB], f"r{number}", max_tokens=5)
+        request(
+            [*chance.choice(prefixes)[: chance.randrange(4, 21)], number % VOCAB], f"r{number}", max_tokens=5
+        )
         for number in range(150)
     ]
     engine = Engine(model(), prefix_caching=True, num_blocks=10)

@@ -1,7 +1,7 @@
 """`make soak`: thousands of requests to a real server, and what they leave behind.
 
-It fails on any answer that is not the expected one, on a KV block, descriptor or thread that stays, and on memory
-that grows with the number of requests. Options: `make soak ARGS="--requests 2000"`.
+It fails on any answer that is not the expected one, on a KV block, descriptor or thread that stays, and on
+memory that grows with the number of requests. Options: `make soak ARGS="--requests 2000"`.
 """
 
 from __future__ import annotations
@@ -240,8 +240,12 @@ def main() -> int:
     _print("soak", record, after)
     front, engine = record.slopes()
     print(f"memory per 1,000 requests: front {front:+.2f} MB, engine {engine:+.2f} MB")
-    print(f"p99 of the last third against the first: {record.drift():+.0%} (not judged: others use the machine)")
-    print(f"preemptions: {preemptions:.0f}; answers: {dict(sorted((warm_up.statuses + record.statuses).items()))}")
+    print(
+        f"p99 of the last third against the first: {record.drift():+.0%} (not judged: others use the machine)"
+    )
+    print(
+        f"preemptions: {preemptions:.0f}; answers: {dict(sorted((warm_up.statuses + record.statuses).items()))}"
+    )
     found = warm_up.faults[:20] + violations(record, before, after) + growth(record)
     for violation in found:
         print(f"VIOLATION {violation}")

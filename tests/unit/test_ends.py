@@ -1,5 +1,5 @@
-"""However a sequence ends, and in whatever state it was: one end is told, its blocks are free, and the next one is
-served as if nothing had been.
+"""However a sequence ends, and in whatever state it was: one end is told, its blocks are free, and the next one
+is served as if nothing had been.
 """
 
 from __future__ import annotations
@@ -147,7 +147,11 @@ def test_preemption_at_any_moment_changes_no_token(
 ) -> None:
     """Within the prompt, at the first token, one before, at and after each boundary of blocks."""
     engine = make_engine(
-        windows, [40] * len(windows), enable_prefix_caching=caching, long_prefill_threshold=3, max_draft_tokens=0
+        windows,
+        [40] * len(windows),
+        enable_prefix_caching=caching,
+        long_prefill_threshold=3,
+        max_draft_tokens=0,
     )
     requests = [make_request("stays", PROMPT, max_tokens=20), make_request("goes", PROMPT, max_tokens=14)]
     for request in requests:
@@ -242,7 +246,9 @@ def test_aborts_in_any_number_and_at_any_time_give_each_request_one_end() -> Non
             core.abort([request.request_id])  # before it was ever seen: of no effect
         core.add(request)
         for _ in range(chance.randrange(3)):
-            victims = [str(chance.randrange(max(0, number - 12), number + 3)) for _ in range(chance.randrange(4))]
+            victims = [
+                str(chance.randrange(max(0, number - 12), number + 3)) for _ in range(chance.randrange(4))
+            ]
             core.abort(victims + victims)
         for _ in range(chance.randrange(4)):
             if core.has_work():

@@ -1,7 +1,5 @@
-"""Model files that were made to do harm, or are merely broken: refused for a reason, before memory is taken in
-proportion to what they claim, and never executed.
-
-A refusal is one of `REFUSALS`: those become one line in the log and exit code 78 (server/runtime.py).
+"""Configurations, tokenizers and code that were made to do harm, or are merely broken: refused for a reason,
+before memory is taken in proportion to what they claim, and never executed.
 """
 
 from __future__ import annotations
@@ -9,100 +7,28 @@ from __future__ import annotations
 import ast
 import json
 import os
-import shutil
-import struct
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
-from benchmarks.peers.checkpoints import write_gguf
 from server.chat_template import ChatMessage, render_chat
-from server.engine.build import build_engine
-from server.engine.dtype import DType
-from server.engine.models import gguf as gguf_module
 from server.engine.models.config import ConfigError
-from server.engine.models.config_reader import read_gguf, read_hf
-from server.engine.models.gguf import GGUFError, GGUFFile, read_metadata
-from server.engine.models.loader import LoadError, open_checkpoint
-from server.engine.types import EngineConfig
+from server.engine.models.config_reader import read_hf
 from server.gguf_tokenizer import GGUFTokenizerError, tokenizer_json
-from server.model_source import ModelSourceError, resolve
+from server.model_source import resolve
 from server.runtime import _read_model
 from server.tokenizer import Tokenizer, TokenizerError
 from tests.fixtures_tokenizers import make_tiny_tokenizer_json, tiny_vocabulary
 from tests.one_torch_thread import one_torch_thread
+from tests.unit.hostile_models import HUGE, MANY, STRANGE, arena, cache, gguf_content, model, refusal, start
 
-__all__ = ["one_torch_thread"]
+__all__ = ["arena", "cache", "gguf_content", "model", "one_torch_thread"]
 
-REFUSALS = (ModelSourceError, ValueError, OSError)
 SOURCES = sorted((Path(__file__).parents[2] / "server").rglob("*.py"))
-MANY = settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-
-def start(model: Path) -> None:
-    """All that a start reads, in the front and then in the engine."""
-    files = resolve(str(model))
-    _read_model(files)
-    config = EngineConfig(
-        model_path=str(files.path), device="cpu", num_threads=1, backend="reference", weight_cache=False
-    )
-    build_engine(config, lambda *_: None)
-
-
-def refusal(model: Path) -> str:
-    """Why a start is refused, after a glance at the memory that it took."""
-    tracemalloc.start()
-    try:
-        with pytest.raises(REFUSALS) as caught:
-            start(model)
-        assert tracemalloc.get_traced_memory()[1] < 100 << 20
-    finally:
-        tracemalloc.stop()
-    message = str(caught.value)
-    assert len(message) < 1000
-    assert "\n" not in message
-    return message
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def model(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
-
-
-@pytest.fixture(scope="module")
-def gguf_content(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    pieces, types, scores = tiny_vocabulary()
-    vocabulary = {
-        "tokenizer.ggml.tokens": pieces,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.scores": scores,
-    }
-    path = tmp_path_factory.mktemp("gguf") / "m.gguf"
-    write_gguf(path, tiny_checkpoint, vocabulary)
-    return path.read_bytes()
-
-
-@pytest.fixture(scope="module")
-def arena(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For many files in turn."""
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("arena") / "model"))
 
 
 def edit_json(file: Path, **changes: Any) -> None:
@@ -184,7 +110,6 @@ def test_modules_that_the_configuration_names_are_not_imported(model: Path) -> N
 
 # --- config.json -------------------------------------------------------------------------------------------
 
-HUGE = 10**400
 CONFIGURATIONS: list[tuple[str, Any]] = [
     ("num_hidden_layers", 10**9),
     ("num_hidden_layers", 0),
@@ -226,17 +151,6 @@ def test_a_configuration_that_is_absurd_or_a_lie_is_refused(model: Path, key: st
     assert key in message or "do not fit" in message or "do not belong together" in message
 
 
-STRANGE = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 3),
-    st.sampled_from([-(2**63), 2**31, 2**64, HUGE]),
-    st.floats(),
-    st.text(max_size=3),
-    st.lists(st.integers(0, 2), max_size=3),
-    st.lists(st.lists(st.none(), max_size=1), max_size=7),
-    st.dictionaries(st.sampled_from(["full_attention", "rope_type", "factor", "rope_theta"]), st.integers()),
-)
 KEYS = [
     "vocab_size",
     "hidden_size",
@@ -280,143 +194,6 @@ def test_no_configuration_gets_past_config_error(model_type: str, values: dict[s
     assert len(config.layers) <= 1024
 
 
-# --- safetensors -------------------------------------------------------------------------------------------
-
-Header = dict[str, Any]
-
-
-def rewrite_header(file: Path, change: Callable[[Header], object]) -> None:
-    content = file.read_bytes()
-    (size,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + size])
-    change(header)
-    raw = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(raw)) + raw + content[8 + size :])
-
-
-EMBEDDING = "model.embed_tokens.weight"
-NORM = "model.norm.weight"
-
-
-def shifted(header: Header) -> None:
-    """Two tensors in one place, and a gap."""
-    header[EMBEDDING]["data_offsets"] = [offset - 4 for offset in header[EMBEDDING]["data_offsets"]]
-
-
-def past_the_end(header: Header) -> None:
-    header[NORM]["data_offsets"] = [10**9, 10**9 + 256]
-
-
-def backwards(header: Header) -> None:
-    header[NORM]["data_offsets"] = header[NORM]["data_offsets"][::-1]
-
-
-def of_another_dtype(header: Header) -> None:
-    header[NORM] |= {"dtype": "I32"}
-
-
-def of_no_dtype(header: Header) -> None:
-    header[NORM] |= {"dtype": "Q4_K"}
-
-
-def of_another_shape(header: Header) -> None:
-    header[EMBEDDING]["shape"] = header[EMBEDDING]["shape"][::-1]
-
-
-def of_an_overflowing_shape(header: Header) -> None:
-    header[NORM]["shape"] = [2**32, 2**32]
-
-
-def without_a_tensor(header: Header) -> None:
-    header["model.unknown.weight"] = header.pop(NORM)
-
-
-@pytest.mark.covers("S07")
-@pytest.mark.parametrize(
-    "damage",
-    [
-        shifted,
-        past_the_end,
-        backwards,
-        of_another_dtype,
-        of_no_dtype,
-        of_another_shape,
-        of_an_overflowing_shape,
-        without_a_tensor,
-    ],
-)
-def test_a_safetensors_header_that_lies_is_refused(model: Path, damage: Callable[[Header], object]) -> None:
-    rewrite_header(model / "model.safetensors", damage)
-    assert "safetensors" in (message := refusal(model)) or "do not fit" in message
-
-
-@pytest.mark.covers("S07")
-@pytest.mark.parametrize("size", [0, 1, 10**9, 2**40, 2**64 - 1])
-def test_a_safetensors_header_of_an_absurd_size_is_refused(model: Path, size: int) -> None:
-    file = model / "model.safetensors"
-    file.write_bytes(struct.pack("<Q", size) + file.read_bytes()[8:])
-    if size == 10**9:
-        os.truncate(file, 2 * 10**9)  # sparse: it claims a gigabyte, and has it
-    assert "cannot be read as safetensors" in refusal(model)
-
-
-@pytest.fixture(scope="module")
-def small_file(tiny_checkpoint: Path) -> bytes:
-    return (tiny_checkpoint / "model.safetensors").read_bytes()
-
-
-mutations = st.lists(
-    st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=9)), min_size=1, max_size=4
-)
-
-
-def mutated(content: bytes, end: int, changes: list[tuple[float, bytes]]) -> bytes:
-    """Overwritten in some places before `end`."""
-    result = bytearray(content)
-    for place, new in changes:
-        start = int(place * end)
-        result[start : start + len(new)] = new
-    return bytes(result)
-
-
-@pytest.mark.covers("S07")
-@MANY
-@given(changes=mutations)
-def test_no_damage_to_a_safetensors_file_gets_past_load_error(
-    arena: Path, small_file: bytes, changes: list[tuple[float, bytes]]
-) -> None:
-    (size,) = struct.unpack("<Q", small_file[:8])
-    (arena / "model.safetensors").write_bytes(mutated(small_file, 8 + size, changes))
-    read_whole(arena)
-
-
-@pytest.mark.covers("S07")
-@MANY
-@given(
-    field=st.sampled_from(["dtype", "shape", "data_offsets"]),
-    value=st.one_of(
-        STRANGE,
-        st.lists(st.integers(0, 2**64), max_size=5),
-        st.sampled_from(["F64", "BF16", "I8", "BOOL", "F8_E4M3", "F4", "C64"]),
-    ),
-)
-def test_no_value_in_a_safetensors_header_gets_past_load_error(
-    arena: Path, small_file: bytes, field: str, value: Any
-) -> None:
-    file = arena / "model.safetensors"
-    file.write_bytes(small_file)
-    rewrite_header(file, lambda header: header[NORM].__setitem__(field, value))
-    read_whole(arena)
-
-
-def read_whole(path: Path) -> None:
-    try:
-        for _, tensor in open_checkpoint(path).tensors(DType.FLOAT32, "cpu"):
-            assert tensor.ndim in (1, 2)
-    except (LoadError, ConfigError, GGUFError):
-        pass
-
-
 # --- files that are others ---------------------------------------------------------------------------------
 
 
@@ -435,14 +212,16 @@ def test_a_shard_that_is_a_link_to_something_else_is_refused_without_telling_wha
     secret = model.parent / "secret"
     secret.write_text("hunter2 " * 100)
     (model / "a.safetensors").symlink_to(secret)
-    index = {"weight_map": {NORM: "a.safetensors"}}
+    index = {"weight_map": {"model.norm.weight": "a.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "hunter2" not in refusal(model)
 
 
 @pytest.mark.covers("S07", "S08", "S09")
 @pytest.mark.parametrize("target", ["/dev/zero", "pipe"])
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"]
+)
 def test_a_file_without_an_end_is_refused(model: Path, name: str, target: str) -> None:
     (model / name).unlink()
     if target == "pipe":
@@ -454,72 +233,23 @@ def test_a_file_without_an_end_is_refused(model: Path, name: str, target: str) -
 
 @pytest.mark.covers("S07")
 @pytest.mark.parametrize(
-    "weight_map", [None, [], {}, {NORM: 1}, {NORM: ["a"]}, {NORM: "/etc/passwd"}, {NORM: "../model.safetensors"}]
+    "weight_map",
+    [
+        None,
+        [],
+        {},
+        {"model.norm.weight": 1},
+        {"model.norm.weight": ["a"]},
+        {"model.norm.weight": "/etc/passwd"},
+        {"model.norm.weight": "../model.safetensors"},
+    ],
 )
 def test_an_index_that_names_no_shards_beside_it_is_refused(model: Path, weight_map: object) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert "model.safetensors.index.json" in refusal(model)
 
 
-# --- GGUF --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.covers("S07")
-@MANY
-@given(changes=mutations)
-def test_no_damage_to_a_gguf_file_gets_past_its_errors(
-    arena: Path, gguf_content: bytes, changes: list[tuple[float, bytes]]
-) -> None:
-    path = arena / "m.gguf"
-    path.write_bytes(gguf_content)
-    with GGUFFile.open(path) as file:
-        end = min(tensor.offset for tensor in file.tensors.values())
-    path.write_bytes(mutated(gguf_content, end, changes))
-    read_whole(path)
-    try:
-        made = tokenizer_json(read_metadata(path))
-    except (GGUFError, GGUFTokenizerError):
-        return
-    try:
-        (arena / "made.json").write_bytes(made)
-        Tokenizer.from_file(arena / "made.json")
-    except TokenizerError:
-        pass
-
-
-@pytest.mark.covers("S07")
-@settings(MANY, max_examples=400)
-@given(data=st.data())
-def test_no_metadata_of_a_gguf_file_gets_past_config_error(
-    arena: Path, gguf_content: bytes, data: st.DataObject
-) -> None:
-    path = arena / "whole.gguf"
-    if not path.exists():
-        path.write_bytes(gguf_content)
-    metadata: dict[str, Any] = dict(read_metadata(path, with_pieces=False))
-    optional = ["gemma3.vocab_size", "gemma3.rope.scaling.type", "gemma3.rope.scaling.factor"]
-    keys = data.draw(st.lists(st.sampled_from([*metadata, *optional]), min_size=1, max_size=3))
-    metadata |= {key: data.draw(STRANGE) for key in keys}
-    try:
-        read_gguf(metadata)
-    except ConfigError:
-        pass
-
-
-@pytest.mark.covers("S07")
-def test_what_a_gguf_header_takes_is_bounded_however_large_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gguf_module, "MAX_HEADER_BYTES", 1 << 16)
-    key = struct.pack("<Q", 1) + b"k"
-    count = 1 << 30
-    numbers = struct.pack("<IIQ", 9, 0, count)
-    path = tmp_path / "m.gguf"
-    for value in (numbers, struct.pack("<IQ", 8, count), struct.pack("<IIQ", 9, 8, 1) + struct.pack("<Q", count)):
-        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + value)
-        os.truncate(path, 2 * count)
-        with pytest.raises(GGUFError, match="of the limit of 65536 bytes for a header"):
-            GGUFFile.open(path)
+# --- vocabularies ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.covers("S09")
@@ -534,9 +264,6 @@ def test_pieces_whose_merges_would_take_minutes_are_refused() -> None:
     }
     with pytest.raises(GGUFTokenizerError, match="longer than any vocabulary's"):
         tokenizer_json(metadata)
-
-
-# --- tokenizer.json ----------------------------------------------------------------------------------------
 
 
 def tokenizer_with(change: Callable[[dict[str, Any]], object]) -> bytes:
@@ -561,7 +288,8 @@ def with_a_long_replacement(content: dict[str, Any]) -> None:
 def of_another_model(content: dict[str, Any]) -> None:
     """Of more tokens than the embedding has rows."""
     content["added_tokens"] += [
-        content["added_tokens"][0] | {"id": len(content["model"]["vocab"]) + number, "content": f"<new{number}>"}
+        content["added_tokens"][0]
+        | {"id": len(content["model"]["vocab"]) + number, "content": f"<new{number}>"}
         for number in range(3)
     ]
 
@@ -629,7 +357,9 @@ PARTS = ["normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "a
 @MANY
 @given(
     part=st.sampled_from(PARTS),
-    inner=st.sampled_from(["type", "vocab", "merges", "unk_token", "content", "decoders", "id", "pattern", None]),
+    inner=st.sampled_from(
+        ["type", "vocab", "merges", "unk_token", "content", "decoders", "id", "pattern", None]
+    ),
     value=st.one_of(
         STRANGE,
         st.sampled_from(["<pad>", "BPE", "Unigram", "WordPiece", "WordLevel", "Sequence", "ByteLevel"]),
@@ -655,11 +385,3 @@ def test_no_damage_to_a_tokenizer_gets_past_its_error(
         tokenizer.decode(tokenizer.encode_prompt("a user <bos> é"))
     except TokenizerError:
         pass
-
-
-@pytest.mark.covers("S07")
-def test_a_checkpoint_without_some_of_its_tensors_names_them(model: Path) -> None:
-    weights = load_file(model / "model.safetensors")
-    del weights[NORM]
-    save_file(weights, model / "model.safetensors")
-    assert "1 missing: norm.weight" in refusal(model)

@@ -1,4 +1,4 @@
-"""What the engine does with bytes on its socket that are no messages: it drops them or ends, and never hangs."""
+"""What the engine does with what is on its socket and no message: it drops it or ends, and never hangs."""
 
 from __future__ import annotations
 

@@ -193,7 +193,9 @@ def read_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
     is_27b = _LAYERS_OF_27B.get(model_type) == num_layers
     eos_keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
     pieces = metadata.get("tokenizer.ggml.tokens")
-    vocab_size = metadata.get(f"{architecture}.vocab_size") or (len(pieces) if isinstance(pieces, list) else None)
+    vocab_size = metadata.get(f"{architecture}.vocab_size") or (
+        len(pieces) if isinstance(pieces, list) else None
+    )
     scaling_type = metadata.get(f"{architecture}.rope.scaling.type", "none")
     config = {
         "model_type": model_type,

@@ -198,9 +198,7 @@ class _HeaderReader:
         self._size = len(data)
         self._end = min(self._size, MAX_HEADER_BYTES)
         """Of what may be read as header."""
-        self._whole = (
-            "the file" if self._end == self._size else f"the limit of {self._end} bytes for a header"
-        )
+        self._whole = "the file" if self._end == self._size else f"the limit of {self._end} bytes for a header"
         self._position = 0
         self._file_name = file_name
 
@@ -367,7 +365,8 @@ class _HeaderReader:
         left = self._end - self._position
         if num_bytes > left:
             self._fail(
-                f"{self._whole} ends inside {what}: {num_bytes} bytes needed at byte {self._position}, {left} left"
+                f"{self._whole} ends inside {what}: {num_bytes} bytes needed at byte {self._position}, "
+                f"{left} left"
             )
 
     def _fail(self, message: str) -> NoReturn:
