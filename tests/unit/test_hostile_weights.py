@@ -1,4 +1,4 @@
-"""Weights that were made to do harm, or are merely broken: refused with the readers' own errors and no others."""
+"""Weights that were made to do harm, or are merely broken: refused, and with the readers' own errors alone."""
 
 from __future__ import annotations
 
