@@ -196,12 +196,10 @@ class Tokenizer:
         Pieces beyond the rows are those of images, if any, as in Gemma 3 1B, and few rows have no piece.
         """
         beyond = range(num_embeddings, self.vocab_size)
-        in_use = (self.bos_id, self.eos_id, self.start_of_turn_id, self.end_of_turn_id, *self.fim_ids.values())
-        num_missing = num_embeddings - self.vocab_size
         if (
-            any(self._backend.id_to_token(token_id) not in (None, *_IMAGE) for token_id in beyond)
-            or any(token_id is not None and token_id >= num_embeddings for token_id in in_use)
-            or num_missing > _MAX_ROWS_WITHOUT_PIECE
+            len(beyond) > len(_IMAGE)
+            or any(self._backend.id_to_token(token_id) not in _IMAGE for token_id in beyond)
+            or num_embeddings - self.vocab_size > _MAX_ROWS_WITHOUT_PIECE
         ):
             raise TokenizerError(
                 f"the tokenizer has {self.vocab_size} tokens and the model's embedding {num_embeddings} rows: "

@@ -117,7 +117,7 @@ def _read(connection: socket.socket, inbox: Inbox) -> None:
         while (payload := transport.read_frame(connection)) is not None:
             try:
                 inbox.put(transport.decode_to_engine(payload))
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, RecursionError) as error:
                 logger.error("dropped a message that is not in the protocol: %s", error)
     except (OSError, transport.FrameError) as error:
         logger.error("lost the connection to the front: %s", error)

@@ -146,12 +146,15 @@ def test_the_pools_shrink_with_the_memory_until_not_one_sequence_fits(
 
     ample = start(1 << 30)
     assert ample.num_blocks["full"] == 32 * 256 // 16
-    needed = next(size for size in range(1 << 20, 1 << 30, 1 << 16) if can_start(start, size))
+    too_little, needed = 0, 1 << 30
+    while needed - too_little > 1 << 16:
+        middle = (too_little + needed) // 2
+        too_little, needed = (too_little, middle) if can_start(start, middle) else (middle, needed)
     tight = start(needed)
     assert tight.num_blocks["full"] < ample.num_blocks["full"]
     assert tight.weight_bytes + tight.kv_cache_bytes < needed
     with pytest.raises(StartError, match=r"lower --max-model-len, or .* the container's limit"):
-        start(needed - (1 << 16))
+        start(too_little)
     with pytest.raises(StartError, match=r"the weights take 0 MiB in bfloat16, but only 0 MiB"):
         start(1000)
 

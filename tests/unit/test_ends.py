@@ -141,7 +141,7 @@ def test_every_end_gives_all_blocks_back(
 @pytest.mark.covers("K03")
 @pytest.mark.parametrize("caching", [False, True], ids=["uncached", "cached"])
 @pytest.mark.parametrize("windows", [(None,), (None, 5), (5,)])
-@pytest.mark.parametrize("moment", range(1, 22))
+@pytest.mark.parametrize("moment", range(1, 17))
 def test_preemption_at_any_moment_changes_no_token(
     moment: int, windows: tuple[int | None, ...], caching: bool
 ) -> None:
@@ -158,8 +158,7 @@ def test_preemption_at_any_moment_changes_no_token(
         engine.add(request)
     for _ in range(moment):
         engine.step()
-    victim = engine.scheduler._preempt_one()
-    assert victim is not None or moment > 17
+    assert engine.scheduler._preempt_one() is not None
     engine.scheduler.take_counts()
     engine.run()
     for request in requests:
@@ -189,8 +188,8 @@ def test_on_scarce_memory_nobody_is_overtaken_by_more_than_a_roomful() -> None:
     engine = make_engine(num_blocks=(15,), max_num_seqs=6, enable_prefix_caching=False)
     ended: list[int] = []
     for number in range(150):
-        engine.add(make_request(str(number), [number % 7] * (5 + number % 4), max_tokens=10 + number % 3))
-        for _ in range(3):
+        engine.add(make_request(str(number), [number % 7] * (5 + number % 4), max_tokens=24 + number % 3))
+        for _ in range(5):
             alive = {seq.request_id for seq in engine.scheduler.sequences}
             engine.step()
             ended += sorted(map(int, alive - {seq.request_id for seq in engine.scheduler.sequences}))

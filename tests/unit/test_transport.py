@@ -23,10 +23,15 @@ class Reader:
     """The engine's reading thread, and the other end of its socket."""
 
     def __init__(self) -> None:
-        self.connection, theirs = socket.socketpair()
+        self.connection, self._theirs = socket.socketpair()
         self.inbox: Inbox = queue.SimpleQueue()
-        self.thread = threading.Thread(target=_read, args=(theirs, self.inbox), daemon=True)
+        self.thread = threading.Thread(target=_read, args=(self._theirs, self.inbox), daemon=True)
         self.thread.start()
+
+    def close(self) -> None:
+        self.connection.close()
+        self.thread.join(10)
+        self._theirs.close()
 
     def send(self, payload: bytes) -> None:
         self.connection.sendall(len(payload).to_bytes(transport.LENGTH_BYTES, "big") + payload)
@@ -45,8 +50,7 @@ class Reader:
 def reader() -> Iterator[Reader]:
     reader = Reader()
     yield reader
-    reader.connection.close()
-    reader.thread.join(10)
+    reader.close()
 
 
 @pytest.mark.covers("E11")

@@ -360,14 +360,13 @@ def _ropes(config: Mapping[str, Any], family: _Family) -> tuple[_Rope, _Rope]:
         )
     theta_sliding = config.get("rope_local_base_freq", _SLIDING_ROPE_THETA)
     return (
-        _rope({"rope_theta": theta, **scaling, **_object("full_attention", parameters.get("full_attention"))}),
-        _rope(
-            {
-                "rope_theta": theta_sliding,
-                **_object("sliding_attention", parameters.get("sliding_attention")),
-            }
-        ),
+        _rope({"rope_theta": theta, **scaling, **_of_kind(parameters, "full_attention")}),
+        _rope({"rope_theta": theta_sliding, **_of_kind(parameters, "sliding_attention")}),
     )
+
+
+def _of_kind(parameters: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    return _object(f"rope_parameters.{kind}", parameters.get(kind))
 
 
 def _rope(parameters: Mapping[str, Any]) -> _Rope:
