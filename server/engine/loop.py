@@ -19,8 +19,6 @@ import sys
 import threading
 from collections.abc import Callable
 
-import msgspec
-
 from server.engine import transport
 from server.engine.core import EngineCore
 from server.engine.types import Abort, Failed, FromEngine, Loading, Ready, Start, Submit, ToEngine, Vocabulary
@@ -117,7 +115,7 @@ def _read(connection: socket.socket, inbox: Inbox) -> None:
         while (payload := transport.read_frame(connection)) is not None:
             try:
                 inbox.put(transport.decode_to_engine(payload))
-            except (msgspec.MsgspecError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
                 logger.error("dropped a message that is not in the protocol: %s", error)
     except (OSError, transport.FrameError) as error:
         logger.error("lost the connection to the front: %s", error)

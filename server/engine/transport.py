@@ -32,13 +32,13 @@ def encode_frame(message: ToEngine | FromEngine) -> bytes:
 
 
 def decode_to_engine(payload: bytes) -> ToEngine:
-    """Raises msgspec.DecodeError or msgspec.ValidationError."""
+    """Raises msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError or RecursionError."""
     message: Any = _to_engine.decode(payload)
     return message  # type: ignore[no-any-return]  # msgspec's Decoder cannot express a union of structs
 
 
 def decode_from_engine(payload: bytes) -> FromEngine:
-    """Raises msgspec.DecodeError or msgspec.ValidationError."""
+    """Raises what `decode_to_engine` does."""
     message: Any = _from_engine.decode(payload)
     return message  # type: ignore[no-any-return]  # as above
 

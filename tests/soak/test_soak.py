@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,8 @@ def test_ten_thousand_requests_leave_nothing_behind(tiny_checkpoint: Path) -> No
 
 
 def test_it_sees_what_it_looks_for() -> None:
-    record = Record(samples=[(n, Process(50 + n / 500, 9, 9), Process(90, 9, 9)) for n in range(0, 5000, 50)])
+    record = Record(statuses=Counter({"200": 5000}))
+    record.samples = [(n, Process(50 + n / 500, 9, 9), Process(90, 9, 9)) for n in range(0, 5000, 50)]
     assert growth(record) == ["the front grows by 2.00 MB per 1,000 requests; 1.0 is the limit"]
     rest, leaking = Process(50, 20, 8), Process(50, 60, 30)
     assert violations(record, (rest, rest), (rest, rest)) == []

@@ -66,7 +66,7 @@ def workload(seed: int) -> Iterator[Ask]:
         if (drawn := drawn - SHARE_INVALID) < 0:
             yield Ask("/v1/completions", chance.choice(_INVALID), status=400)
         elif (drawn := drawn - SHARE_TOO_LONG) < 0:
-            too_long = {"prompt": _text(chance, chance.choice([CONTEXT, 4000, 40_000]))}
+            too_long = {"prompt": _text(chance, chance.choice([2 * CONTEXT + 1, 4000, 40_000]))}
             yield Ask("/v1/completions", too_long, status=400, code="context_length_exceeded")
         elif (drawn := drawn - SHARE_CANARY) < 0:
             yield Ask("/v1/completions", _CANARY, is_canary=True)

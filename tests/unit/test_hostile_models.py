@@ -4,9 +4,9 @@ before memory is taken in proportion to what they claim, and never executed.
 
 from __future__ import annotations
 
-import ast
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,18 +56,10 @@ def test_weights_in_pickles_are_refused_with_the_way_out(model: Path, name: str)
 @pytest.mark.covers("S06", "S07", "S08")
 def test_nothing_in_the_server_can_run_code_from_a_file() -> None:
     """Neither pickles nor templates nor modules: what could do it is imported nowhere and called nowhere."""
-    modules = {"jinja2", "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "joblib", "runpy", "imp"}
-    calls = {"eval", "exec", "compile", "__import__", "torch.load", "np.load"}
+    imports = r"^ *(?:import|from) +(?:jinja2|_?pickle|marshal|shelve|dill|joblib|runpy|imp)\b"
+    calls = r"(?<![\w.])(?<!def )(?:eval|exec|compile|__import__)\(|\b(?:torch|np|numpy)\.load\("
     for source in SOURCES:
-        for node in ast.walk(ast.parse(source.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name.partition(".")[0] for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [(node.module or "").partition(".")[0]]
-            assert not modules.intersection(names), source
-            if isinstance(node, ast.Call):
-                assert ast.unparse(node.func) not in calls, source
+        assert re.findall(f"{imports}|{calls}", source.read_text(), re.MULTILINE) == [], source
 
 
 TEMPLATES = [

@@ -155,15 +155,16 @@ def test_a_hundred_thousand_random_steps_lose_and_mix_up_no_block() -> None:
     tables: list[list[int]] = []
     held: Counter[int] = Counter()
     written: dict[int, int] = {}
-    published: deque[int] = deque(maxlen=60)
+    published: deque[int] = deque(maxlen=30)
     num_found = num_evicted = 0
+    actions = ["allocate"] * 2 + ["fork"] + ["free"] * 4 + ["publish"] * 2 + ["find"] * 2
 
     def hold(blocks: list[int]) -> None:
         tables.append(blocks)
         held.update(blocks)
 
     for step in range(100_000):
-        match chance.choices(["allocate", "fork", "free", "publish", "find"], (2, 1, 4, 2, 2))[0]:
+        match chance.choice(actions):
             case "allocate" if pool.num_free:
                 new = pool.allocate(chance.randint(1, min(5, pool.num_free)))
                 assert not any(held[block] for block in new), "somebody holds it"
