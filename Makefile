@@ -79,8 +79,9 @@ chaos: $(DEV)  ## Real servers under load whose engines are killed, stopped and 
 	@$(BIN)/python -m pytest -m "not gpu and not network" tests/chaos $(ARGS)
 
 .PHONY: soak
-soak: $(DEV)  ## Thousands of mixed requests to one server, and what they leave behind
-	@$(BIN)/python -m pytest -m "not gpu and not network" tests/soak $(ARGS)
+soak: $(DEV)  ## 10,000 requests of all kinds to a real server: nothing may leak or grow; options: ARGS="--requests 2000"
+	@$(BIN)/python -m tests.soak.soak $(ARGS)
+	@$(BIN)/python -m pytest -m slow tests/soak
 
 .PHONY: conformance
 conformance: $(DEV)  ## Ask this server for all that OpenAI's API promises; another: ARGS="--base-url http://host:8000"

@@ -210,10 +210,11 @@ class Scheduler:
         return ScheduledBatch(tuple(plan.values()), tuple(preempted))
 
     def _admit(self, plan: dict[Sequence, ScheduledSequence], budget: int) -> None:
+        growing = [seq for seq in self._running if seq.num_tokens - seq.num_computed > 1]
         while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
             seq = self._waiting[0]
             num_cached = self._kv.find_cached_prefix(seq)
-            if self._running and not self._kv.has_room(seq, num_cached, SPARE_FOR_RUNNING):
+            if self._running and not self._kv.has_room(seq, num_cached, growing, SPARE_FOR_RUNNING):
                 break
             num_new = self._chunk(seq, num_cached, budget)
             if not self._kv.allocate(seq, num_cached, num_new):
@@ -229,6 +230,7 @@ class Scheduler:
             if seq.num_preemptions == 0:
                 self._note_first_admission(seq, num_cached)
             plan[seq] = _scheduled(seq, num_new)
+            growing.append(seq)
             budget -= num_new
 
     def _draft(self, plan: dict[Sequence, ScheduledSequence]) -> None:

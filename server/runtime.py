@@ -260,6 +260,7 @@ def _read_model(files: ModelFiles) -> tuple[Tokenizer, GemmaConfig]:
     else:
         tokenizer = Tokenizer.from_file(tokenizer_for_gguf(files.path, cache_directory()))
         config = read_gguf(read_metadata(files.path, with_pieces=False))
+    tokenizer.check_fits(config.vocab_size)
     _return_freed_memory()
     return tokenizer, config
 
@@ -272,8 +273,12 @@ def _return_freed_memory() -> None:
 
 
 def _stop_token_ids(tokenizer: Tokenizer, model_config: GemmaConfig) -> tuple[int, ...]:
-    """Every id that ends a turn: a checkpoint's lists are known to leave `<end_of_turn>` or `<eos>` out."""
-    ids = {tokenizer.eos_id, *model_config.eos_token_ids}
+    """Every id that ends a turn: a checkpoint's lists are known to leave `<end_of_turn>` or `<eos>` out.
+
+    Ids that the model cannot sample end nothing.
+    """
+    listed = model_config.eos_token_ids
+    ids = {token_id for token_id in listed if 0 <= token_id < model_config.vocab_size} | {tokenizer.eos_id}
     if tokenizer.end_of_turn_id is not None:
         ids.add(tokenizer.end_of_turn_id)
     return tuple(sorted(ids))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
@@ -35,6 +36,12 @@ _FIM = (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE, FILE_SEPARATOR)
 
 _ALWAYS_CONTROL = ("<pad>", EOS, BOS, "<unk>", START_OF_TURN, END_OF_TURN, *_FIM)
 _IMAGE = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+_MAX_FILE_BYTES = 128 << 20
+"""Gemma 3's has 33 MB."""
+_MAX_ROWS_WITHOUT_PIECE = 1024
+"""Of an embedding: checkpoints pad theirs, by some hundreds at most."""
+_MAX_REPLACEMENT_CHARACTERS = 16
+"""Of what the tokenizer puts in the place of a piece of text; Gemma's puts one for a space."""
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _GEMMA_DECODERS = [
@@ -75,6 +82,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         """Takes `backend` over: it must not be used, let alone changed, elsewhere. Raises TokenizerError."""
         _check_decoder(backend)
+        _check_effort(backend)
         backend.no_truncation()
         backend.no_padding()
         # Some files leave them unflagged, or do not list them among the added tokens at all.
@@ -104,6 +112,9 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
         """Read a tokenizer.json. Raises TokenizerError, OSError."""
+        found = Path(path).stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_FILE_BYTES:
+            raise TokenizerError(f"{path} must be a regular file of at most {_MAX_FILE_BYTES} bytes")
         data = Path(path).read_bytes()
         try:
             backend = tokenizers.Tokenizer.from_buffer(data)
@@ -181,6 +192,22 @@ class Tokenizer:
         yield from (token_id for token_id in image_ids if token_id is not None and token_id < num_embeddings)
         yield from range(self.vocab_size, num_embeddings)
 
+    def check_fits(self, num_embeddings: int) -> None:
+        """Raises TokenizerError if it cannot be the tokenizer of a model whose embedding has so many rows.
+
+        Pieces beyond the rows are those of images, if any, as in Gemma 3 1B, and few rows have no piece.
+        """
+        beyond = range(num_embeddings, self.vocab_size)
+        if (
+            len(beyond) > len(_IMAGE)
+            or any(self._backend.id_to_token(token_id) not in _IMAGE for token_id in beyond)
+            or num_embeddings - self.vocab_size > _MAX_ROWS_WITHOUT_PIECE
+        ):
+            raise TokenizerError(
+                f"the tokenizer has {self.vocab_size} tokens and the model's embedding {num_embeddings} rows: "
+                "they do not belong together"
+            )
+
     def _required_id(self, piece: str) -> int:
         token_id = self._backend.token_to_id(piece)
         if token_id is None:
@@ -195,3 +222,19 @@ def _check_decoder(backend: tokenizers.Tokenizer) -> None:
         raise TokenizerError(
             f"the tokenizer does not decode as Gemma's do: its decoder is {json.dumps(decoder)}"
         )
+
+
+def _check_effort(backend: tokenizers.Tokenizer) -> None:
+    """What is done to a text before it is split into pieces has to take time and room in proportion to it."""
+    parts = [part for part in (backend.normalizer, backend.pre_tokenizer) if part is not None]
+    pending: list[object] = [json.loads(part.__getstate__()) for part in parts]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            if "Regex" in item:
+                raise TokenizerError("the tokenizer has a regular expression; Gemma's have none")
+            if len(str(item.get("content", ""))) > _MAX_REPLACEMENT_CHARACTERS:
+                raise TokenizerError("the tokenizer replaces a piece of text by a long one; Gemma's do not")
+            pending += item.values()
+        elif isinstance(item, list):
+            pending += item

@@ -151,11 +151,12 @@ class EngineMachine(RuleBasedStateMachine):
                 assert len(outputs[0].prompt_logprobs or []) == len(request.prompt_token_ids)
 
 
+@pytest.mark.covers("K01", "K04", "K11", "K12", "K17")
 class TestEngine(EngineMachine.TestCase):  # type: ignore[misc]
     settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
-@pytest.mark.covers("E14")
+@pytest.mark.covers("E14", "K01", "K03", "K08", "K11", "K12")
 @pytest.mark.parametrize("windows", [(None,), (None, 6), (6,)])
 @pytest.mark.parametrize("digest_bytes", [0, 32])
 @pytest.mark.parametrize("max_draft_tokens", [0, 5])
