@@ -32,7 +32,7 @@ from server.frontend.vocabulary import make_byte_vocabulary, make_vocabulary
 from server.gguf_tokenizer import tokenizer_for_gguf
 from server.metrics import Metrics
 from server.model_source import DownloadProgress, ModelFiles, ModelSourceError, resolve
-from server.tokenizer import Tokenizer
+from server.tokenizer import START_RESPONSE, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -225,8 +225,13 @@ def _return_freed_memory() -> None:
 
 
 def _stop_token_ids(tokenizer: Tokenizer, model_config: GemmaConfig) -> tuple[int, ...]:
-    """Every id that ends a turn: a checkpoint's lists are known to leave `<end_of_turn>` or `<eos>` out."""
+    """Every id that ends a turn: a checkpoint's lists are known to leave `<end_of_turn>` or `<eos>` out.
+
+    FunctionGemma writes the beginning of a response behind its calls, and expects the rest of it from us.
+    """
     ids = {tokenizer.eos_id, *model_config.eos_token_ids}
+    if tokenizer.function_ids:
+        ids.add(tokenizer.function_ids[START_RESPONSE])
     if tokenizer.end_of_turn_id is not None:
         ids.add(tokenizer.end_of_turn_id)
     return tuple(sorted(ids))

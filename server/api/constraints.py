@@ -10,6 +10,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +68,15 @@ async def output_constraints(
 
 async def check_grammar(question: Question, grammars: GrammarChecker, param: str) -> str:
     """The grammar for SamplingParams. Raises InvalidRequestError that names `param`, and QueueFullError."""
-    try:
+    with refusing(param):
         return await grammars.check(question)
+
+
+@contextmanager
+def refusing(param: str) -> Iterator[None]:
+    """Turns a GrammarError into an InvalidRequestError that names `param`."""
+    try:
+        yield
     except GrammarError as error:
         message = " ".join(str(error)[: 2 * _LONGEST_MESSAGE].split())
         for theirs, ours in _IN_OUR_WORDS.items():
