@@ -1,14 +1,14 @@
 """How tools, their calls and their results look to FunctionGemma, whose tokenizer has control tokens for them.
 
-The form is that of "FunctionGemma formatting and best practices" (ai.google.dev) and of the checkpoint's template.
-`<escape>` stands before and behind every string, names are bare:
+The form is that of "FunctionGemma formatting and best practices" (ai.google.dev) and of the checkpoint's
+template. `<escape>` stands before and behind every string, names are bare:
 
     declaration:get_weather{description:<escape>…<escape>,parameters:{properties:{city:{…}},type:…}}
     call:get_weather{city:<escape>Paris<escape>,days:3}
     response:get_weather{sky:<escape>clear<escape>}
 
-Where the template prints Python's `None`, drops a parameter because of its name, an enumeration because of its type,
-or what a reference or an alternative says of a type, all of it is written here.
+What the template leaves out is told here: parameters with names like `type`, enumerations of numbers, types
+that stand in a reference or an alternative.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def local_definition(root: Any, reference: str) -> Any:
 
 
 class SegmentWriter:
-    """The segments of a prompt, one behind another. What comes from a client is written by `text`, never `token`."""
+    """Segments of a prompt, one behind another. A client's words are written by `text`, never by `token`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -150,8 +150,8 @@ class SegmentWriter:
 
 
 class _SchemaWriter:
-    """Tells of the schema of a tool's parameters. Each of its definitions is spelled out where it is met first, so
-    that the work is linear."""
+    """Tells of the schema of a tool's parameters. Each of its definitions is spelled out where it is met first,
+    so that the work is linear."""
 
     def __init__(self, writer: SegmentWriter, root: dict[str, Any]) -> None:
         self._writer = writer
@@ -162,7 +162,11 @@ class _SchemaWriter:
     def parameters(self) -> None:
         schema = {**self._resolved(self._root), "type": "object"}
         self._members(
-            [(key, schema[key]) for key in ("properties", "required", "type") if schema.get(key, []) not in _EMPTY]
+            [
+                (key, schema[key])
+                for key in ("properties", "required", "type")
+                if schema.get(key, []) not in _EMPTY
+            ]
         )
 
     def _property(self, schema: Any) -> None:

@@ -3,8 +3,9 @@
     <bos><start_of_turn>developer\\nTEXT DECLARATIONS<end_of_turn>\\n<start_of_turn>user\\nTEXT<end_of_turn>\\n
     <start_of_turn>model\\nTEXT CALLS RESPONSES TEXT<end_of_turn>\\n
 
-without anything between what is shown apart here. The laws are those of `chat_template`; where the official
-template puts a user's words into the model's turn, or leaves a turn without its end, `render_chat` has the rules.
+without anything between what is shown apart here. The laws are those of `chat_template`. The official
+template puts a user's words into the model's turn if a result precedes them, and leaves a turn without its end
+if results are missing; here, every turn is whole.
 """
 
 from __future__ import annotations
@@ -42,9 +43,8 @@ def render_function_chat(
 ) -> RenderedChat:
     """As `chat_template.render_chat`, for a tokenizer that has `function_ids`.
 
-    - The system and developer texts that the conversation begins with, joined by an empty line, are the developer's
-      turn, and so are TRIGGER, if they do not say so themselves, and the declarations of `tools`; those that come
-      later are turns of the developer.
+    - The developer's turn holds the system and developer texts that the conversation begins with, joined by
+      an empty line, TRIGGER, unless they hold it, and the declarations of `tools`. Later ones are turns.
     - Results stand in the order of their calls in the model's turn that made these, which goes on behind them
       with the next message of the assistant or with what is generated. Any other message ends the turn first.
     - All texts are trimmed.

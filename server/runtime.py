@@ -109,7 +109,7 @@ class Runtime:
             created=int(time.time()),
             tokenizer=tokenizer,
             info=info,
-            stop_token_ids=_stop_token_ids(tokenizer, model_config),
+            stop_token_ids=tuple(sorted({*end_token_ids(tokenizer), *model_config.eos_token_ids})),
         )
         self.phase = Phase.READY
         seconds = time.monotonic() - started
@@ -224,14 +224,11 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _stop_token_ids(tokenizer: Tokenizer, model_config: GemmaConfig) -> tuple[int, ...]:
+def end_token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Every id that ends a turn: a checkpoint's lists are known to leave `<end_of_turn>` or `<eos>` out.
 
-    FunctionGemma writes the beginning of a response behind its calls, and expects the rest of it from us.
+    FunctionGemma begins a response behind its calls, and expects the rest of it from us.
     """
-    ids = {tokenizer.eos_id, *model_config.eos_token_ids}
-    if tokenizer.function_ids:
-        ids.add(tokenizer.function_ids[START_RESPONSE])
-    if tokenizer.end_of_turn_id is not None:
-        ids.add(tokenizer.end_of_turn_id)
-    return tuple(sorted(ids))
+    response_id = tokenizer.function_ids.get(START_RESPONSE)
+    ids = (tokenizer.eos_id, tokenizer.end_of_turn_id, response_id)
+    return tuple(token_id for token_id in ids if token_id is not None)

@@ -1,8 +1,8 @@
 """Text to token ids and back, for a tokenizer.json of the Gemma family (SentencePiece BPE with byte fallback).
 
 Laws:
-1. Control tokens are the pieces that the file flags as special, and in any case the sequence's, the turns', those
-   of CodeGemma's infilling and, where all are there, FunctionGemma's for tools.
+1. Control tokens are the pieces that the file flags as special, and in any case the sequence's, the turns',
+   those of CodeGemma's infilling and, where all are there, FunctionGemma's for tools.
    `encode_text` never yields one; only `encode_controls` and `encode_prompt` read them out of a string.
 2. The text of a token sequence is the concatenation of its `token_bytes`, decoded as UTF-8 with one U+FFFD for
    each byte that is not part of a character. So a prefix of the ids decodes to a prefix of the text, but for

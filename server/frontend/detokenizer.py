@@ -16,8 +16,8 @@ _UTF8Decoder = codecs.getincrementaldecoder("utf-8")
 class Detokenizer:
     """Turns the ids of one sequence into text as they come. Laws:
 
-    - The concatenation of all that `push` and `finish` return equals `Tokenizer.decode` of all the ids, but that
-      tokens with a mark are their marks.
+    - The concatenation of all that `push` and `finish` return equals `Tokenizer.decode` of all the ids, with
+      marks in the place of the tokens that have one.
     - A character is returned when its last byte arrived; at most three bytes are ever held back.
     - The work for one token does not depend on how many came before.
     """

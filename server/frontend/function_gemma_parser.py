@@ -1,7 +1,7 @@
 """FunctionGemma's calls found in a text while it is generated, and their arguments as JSON.
 
-The tokens that only the model can write, START_CALL and ESCAPE, stand in the text as marks: lone surrogates, which
-no bytes decode to. Laws:
+START_CALL and ESCAPE, tokens that no text can hold, stand in it as marks: lone surrogates, which no bytes
+decode to. Laws:
 
 1. The pieces of text joined are what stands before the first call. Nothing behind a call is text, and no piece
    has a mark.
@@ -99,7 +99,7 @@ class _Arguments:
         self._expects_key = False
 
     def push(self, text: str) -> tuple[str, str]:
-        """The JSON of `text`, which came next, and what follows the arguments' last bracket, if that is in it."""
+        """The JSON of `text`, which came next, and what follows the arguments' last bracket, if that came."""
         parts: list[str] = []
         position = 0
         while position < len(text) and not self.is_complete:

@@ -1,8 +1,8 @@
 """JSON schemas as rules for values in FunctionGemma's form, in llguidance's Lark.
 
-What the rules of a schema allow is valid, but not all that is valid is allowed: members of an object come in the
-order in which the model was told of them, and only those that the schema names, unless it names none or says
-`additionalProperties`.
+What the rules of a schema allow is valid, but not all that is valid is allowed: members of an object come in
+the order in which the model was told of them, and only those that the schema names, unless it names none or
+says `additionalProperties`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from server.frontend.schema_patterns import whole_regex
 from server.function_gemma_format import in_order, is_bare, local_definition
 from server.grammar_library import MAX_GRAMMAR_CHARS, GrammarError
 from server.tokenizer import ESCAPE
@@ -164,7 +165,7 @@ class SchemaRules:
         return " | ".join(self._rule(self._merged(rest, schema, key)) for schema in schemas)
 
     def _merged(self, schema: dict[str, Any], other: Any, key: str) -> dict[str, Any]:
-        """One schema of what matches both; `schema` where there is none that says so, and all need not be enforced.
+        """One schema of what matches both; `schema`, where none says that and not all has to be enforced.
 
         `key`: where `other` comes from.
         """
@@ -178,7 +179,9 @@ class SchemaRules:
                 merged["required"] = [*_taken(schema, "required", list), *_taken(other, "required", list)]
                 in_both -= {"required"}
             # `additionalProperties` are those that the `properties` beside it do not name.
-            members, other_members = ({"properties", "additionalProperties"} & keys for keys in (said, also_said))
+            members, other_members = (
+                {"properties", "additionalProperties"} & keys for keys in (said, also_said)
+            )
             are_apart = not members or not other_members or members == other_members
             if are_apart and all(schema[name] == other[name] for name in in_both):
                 return merged
@@ -215,7 +218,7 @@ class SchemaRules:
         if {"minLength", "maxLength"} & schema.keys():
             terms.append(f"/(?s:.{{{_counts(*_limits(schema, 'minLength', 'maxLength'))}}})/")
         if "pattern" in schema and not self._is_loose:
-            terms.append(f"/{_whole_regex(_taken(schema, 'pattern', str))}/")
+            terms.append(f"/{whole_regex(_taken(schema, 'pattern', str))}/")
         return f"{ESCAPE} {self._new_terminal(' & '.join(terms))} {ESCAPE}" if terms else "string"
 
     def _array(self, schema: dict[str, Any]) -> str:
@@ -297,7 +300,7 @@ def _is_of_type(value: Any, name: str) -> bool:
         case int():
             return name in ("integer", "number")
         case float():
-            return name == "number" or name == "integer" and value.is_integer()
+            return name == "number" or (name == "integer" and value.is_integer())
         case str():
             return name == "string"
         case list():
@@ -309,7 +312,9 @@ def _is_of_type(value: Any, name: str) -> bool:
 
 def _are_apart(schemas: list[Any]) -> bool:
     """Whether no value matches two of them, as far as their types tell."""
-    types = [name for schema in schemas if isinstance(schema, dict) and "type" in schema for name in _types(schema)]
+    types = [
+        name for schema in schemas if isinstance(schema, dict) and "type" in schema for name in _types(schema)
+    ]
     names = {"number" if name == "integer" else name for name in types}
     return len(names) == len(types) and all(isinstance(schema, dict) and "type" in schema for schema in schemas)
 
@@ -317,7 +322,7 @@ def _are_apart(schemas: list[Any]) -> bool:
 def _limits(schema: dict[str, Any], least: str, most: str) -> tuple[int, int | None]:
     lowest = _taken(schema, least, int, 0)
     highest = _taken(schema, most, int) if most in schema else None
-    if lowest < 0 or highest is not None and highest < lowest:
+    if lowest < 0 or (highest is not None and highest < lowest):
         raise GrammarError(f"nothing matches its {least!r} and {most!r}")
     return lowest, highest
 
@@ -325,35 +330,6 @@ def _limits(schema: dict[str, Any], least: str, most: str) -> tuple[int, int | N
 def _counts(least: int, most: int | None) -> str:
     """Between the braces of a repetition."""
     return f"{least},{'' if most is None else most}"
-
-
-def _whole_regex(pattern: str) -> str:
-    """`pattern`, which is to be found in a string, as one that the whole string matches, between slashes.
-
-    Raises GrammarError for one of which that cannot be said.
-    """
-    body = pattern.removeprefix("^")
-    is_bound_before = body != pattern
-    is_bound_behind = re.search(r"(?<!\\)(\\\\)*\$\Z", body) is not None
-    body = body[:-1] if is_bound_behind else body
-    if (is_bound_before or is_bound_behind) and _has_alternatives(body):
-        raise GrammarError("a 'pattern' binds its alternatives to the string's ends one by one; put them in ()")
-    if re.search(r"(?<!\\)(\\\\)*\\\Z", body):
-        raise GrammarError("a 'pattern' ends with a backslash")
-    body = re.sub(r"\\.|/", lambda found: r"\/" if found[0] == "/" else found[0], body, flags=re.DOTALL)
-    body = body.replace("\n", r"\n")
-    anything = "(?s:.*)"
-    return f"{'' if is_bound_before else anything}(?:{body}){'' if is_bound_behind else anything}"
-
-
-def _has_alternatives(regex: str) -> bool:
-    """Whether there is a `|` outside all brackets."""
-    depth = 0
-    for found in re.finditer(r"\\.|\[(?:\\.|[^\]\\])*\]|[()|]", regex, flags=re.DOTALL):
-        depth += (found[0] == "(") - (found[0] == ")")
-        if found[0] == "|" and depth == 0:
-            return True
-    return False
 
 
 def _taken(schema: dict[str, Any], key: str, kind: type[T], default: T | None = None) -> T:

@@ -1,4 +1,4 @@
-"""The forms in which models are told of tools and write calls: one for each kind of checkpoint, one interface."""
+"""The forms in which models are told of tools and write calls: two, behind one interface."""
 
 from __future__ import annotations
 

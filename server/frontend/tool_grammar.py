@@ -38,9 +38,9 @@ def turn_grammar(
 ) -> str:
     """What a turn with calls of `tools` must match, in llguidance's Lark.
 
-    `loose`: names of tools whose arguments are held to what a grammar can express of their schemas. `is_parallel`:
-    whether several may be called. `instead`: what may be written instead of calls, free text or what a grammar
-    named `answer` allows; None: nothing.
+    `loose`: names of tools whose arguments are held to what a grammar can express of their schemas.
+    `is_parallel`: whether several may be called. `instead`: what may be written instead of calls, free text or
+    what a grammar named `answer` allows; None: nothing.
     """
     numbers = range(len(tools))
     more = f" (GAP ({_any('call', numbers)}))* GAP?" if is_parallel else ""
