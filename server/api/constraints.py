@@ -24,7 +24,7 @@ from server.frontend.admission import check_token_ids
 from server.frontend.grammar_check import GrammarChecker
 from server.frontend.grammar_worker import Question, Syntax
 from server.frontend.served_model import ServedModel
-from server.grammar_library import JSON_WHITESPACE, GrammarError
+from server.grammar_library import JSON_WHITESPACE, GrammarError, quoted
 from server.tokenizer import InvalidTextError, Tokenizer
 
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
@@ -94,7 +94,7 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
 
 def choice_grammar(choices: list[str]) -> str:
     """A grammar of these texts."""
-    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    return "start: " + " | ".join(map(quoted, choices))
 
 
 @dataclass(frozen=True, slots=True)

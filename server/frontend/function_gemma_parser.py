@@ -70,7 +70,7 @@ class FunctionCallParser:
                 self._head += head
                 text = text[len(head) :]
                 if brace:
-                    name = self._head.removeprefix(_HEAD)
+                    name = _MARKS.sub("", self._head).removeprefix(_HEAD)
                     pieces.append(CallBegun(self._num_calls, uuid.uuid4().hex, name))
                     self._num_calls += 1
                     self._head, self._arguments = None, _Arguments()
@@ -105,7 +105,7 @@ class _Arguments:
         while position < len(text) and not self.is_complete:
             if self._in_string:
                 end = text.find(ESCAPE_MARK, position)
-                parts.append(_quoted(text[position : end if end >= 0 else len(text)]))
+                parts.append(_escaped(text[position : end if end >= 0 else len(text)]))
                 if end < 0:
                     return "".join(parts), ""
                 parts.append('"')
@@ -123,11 +123,12 @@ class _Arguments:
 
     def _bare(self, text: str) -> str:
         """Of a key, a number, `true`, `false` or `null`."""
+        text = _MARKS.sub("", text)
         if self._in_key:
-            return _quoted(text)
+            return _escaped(text)
         if self._expects_key and text.strip():
             self._in_key, self._expects_key = True, False
-            return '"' + _quoted(text.lstrip())
+            return '"' + _escaped(text.lstrip())
         return text
 
     def _structure(self, character: str) -> str:
@@ -150,6 +151,6 @@ class _Arguments:
         return character
 
 
-def _quoted(text: str) -> str:
-    """As it stands between the quotes of a JSON string. No mark begins a call within a call."""
+def _escaped(text: str) -> str:
+    """As it stands between the quotes of a JSON string."""
     return json.dumps(_MARKS.sub("", text), ensure_ascii=False)[1:-1]

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from server.frontend.schema_patterns import whole_regex
 from server.function_gemma_format import in_order, is_bare, local_definition
-from server.grammar_library import MAX_GRAMMAR_CHARS, GrammarError
+from server.grammar_library import MAX_GRAMMAR_CHARS, GrammarError, quoted
 from server.tokenizer import ESCAPE
 
 _ANY_KEY = r"/[^\s:,{}\[\]]{1,64}/"
@@ -85,7 +85,7 @@ class SchemaRules:
             self.rules.append(f"{name}: {self._value(definition)}")
 
     def _object_schema(self) -> dict[str, Any]:
-        schema = {"type": "object", **self._root}
+        schema = {"type": "object", **(self._root or {"properties": {}})}
         for _ in range(_LONGEST_CHAIN):
             if "$ref" not in schema:
                 break
@@ -234,7 +234,7 @@ class SchemaRules:
         if not all(isinstance(name, str) for name in required):
             raise GrammarError("'required' must be a list of names")
         members = in_order({**{name: True for name in required}, **named})
-        others = schema.get("additionalProperties", not members)
+        others = schema.get("additionalProperties", "properties" not in schema)
         # From the last member to the first: what may begin the object there, and what may go on with it.
         firsts: list[str] = []
         tail = '""'
@@ -259,25 +259,21 @@ class SchemaRules:
 
 
 def _key(name: str) -> str:
-    return _quoted(f"{name}:") if is_bare(name) else f'{_literal(name)} ":"'
+    return quoted(f"{name}:") if is_bare(name) else f'{_literal(name)} ":"'
 
 
 def _literal(value: Any) -> str:
     """An expression for one value."""
     match value:
         case str():
-            return f"{ESCAPE} {_quoted(value)} {ESCAPE}" if value else f"{ESCAPE} {ESCAPE}"
+            return f"{ESCAPE} {quoted(value)} {ESCAPE}" if value else f"{ESCAPE} {ESCAPE}"
         case dict():
             members = ' "," '.join(f"{_key(key)} {_literal(member)}" for key, member in in_order(value))
             return f'"{{" {members} "}}"'
         case list():
             items = ' "," '.join(map(_literal, value))
             return f'"[" {items} "]"'
-    return _quoted(json.dumps(value))
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return quoted(json.dumps(value))
 
 
 def _types(schema: dict[str, Any]) -> tuple[str, ...]:

@@ -99,7 +99,8 @@ def test_a_call_cut_off_by_the_token_limit_says_so(server: LiveServer) -> None:
         (choice,) = server.chat(tools=TOOLS, max_tokens=max_tokens).json()["choices"]
         assert choice["finish_reason"] == "length"
         for call in choice["message"].get("tool_calls", ()):
-            assert ARGUMENTS.startswith(call["function"]["arguments"])
+            # A character that was cut through is replaced.
+            assert ARGUMENTS.startswith(call["function"]["arguments"].rstrip("\ufffd"))
 
 
 def test_a_stop_string_ends_text_and_never_a_call(server: LiveServer) -> None:
