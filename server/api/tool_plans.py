@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from server.api import ignored_fields
 from server.api.constraints import OutputConstraints, check_grammar, refusing
+from server.api.prompts import INLINE_CHARS
 from server.api.protocol import ChatCompletionRequest, declared_tools
 from server.api.tools import DeclaredTool, ToolChoice
 from server.errors import InvalidRequestError, shown
@@ -85,9 +88,8 @@ async def constrained_to(
     """`constraints`, with the calls of `plan` as the one other thing that may be written."""
     if not plan.tools:
         return constraints
-    with refusing("tools"):
-        question = Question(plan.grammar(constraints.grammar))
-    return dataclasses.replace(constraints, grammar=await check_grammar(question, grammars, "tools"))
+    grammar = await _written(lambda: plan.grammar(constraints.grammar), plan.num_chars, "tools")
+    return dataclasses.replace(constraints, grammar=await check_grammar(Question(grammar), grammars, "tools"))
 
 
 def _check_names(declared: Sequence[DeclaredTool]) -> None:
@@ -131,7 +133,14 @@ async def _is_enforceable(item: DeclaredTool, form: ToolForm, grammars: GrammarC
 async def _check_arguments(
     item: DeclaredTool, form: ToolForm, grammars: GrammarChecker, *, is_loose: bool
 ) -> None:
-    param = item.parameters_param
-    with refusing(param):
-        grammar = form.arguments_grammar(item.tool.parameters, is_loose=is_loose)
+    param, parameters = item.parameters_param, item.tool.parameters
+    grammar = await _written(
+        lambda: form.arguments_grammar(parameters, is_loose=is_loose), len(json.dumps(parameters)), param
+    )
     await check_grammar(Question(grammar), grammars, param)
+
+
+async def _written(write: Callable[[], str], num_chars: int, param: str) -> str:
+    """A grammar for schemas of so many characters, of which thousands take their time."""
+    with refusing(param):
+        return write() if num_chars <= INLINE_CHARS else await asyncio.to_thread(write)

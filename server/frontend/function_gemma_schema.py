@@ -56,6 +56,8 @@ _OF_ANY_TYPE = {"enum", "const", "$ref", "anyOf", "oneOf", "allOf", "not", "if",
 _ASSERTIONS = _OF_ANY_TYPE.union(*_KEYS_OF_TYPE.values())
 """What else a schema holds, but for its `type`, asserts nothing."""
 _LONGEST_CHAIN = 30
+"""Of references that are all that a schema says."""
+_DEEPEST = 64
 
 T = TypeVar("T")
 
@@ -75,7 +77,9 @@ class SchemaRules:
         self._prefix = prefix
         self._is_loose = is_loose
         self.rules: list[str] = []
+        self._names: dict[str, str] = {}  # of rules and terminals, by what they say
         self._num_names = 0
+        self._depth = 0
         self._rule_of_reference: dict[str, str] = {}
         self._to_do: list[tuple[str, Any]] = []  # not by recursion, since there may be thousands
         self.name = self._rule(self._object_schema())
@@ -103,23 +107,28 @@ class SchemaRules:
         self._num_names += 1
         return f"{self._prefix}_{self._num_names}"
 
-    def _new(self, expression: str) -> str:
-        """The name of a new rule."""
-        name = self._new_name()
-        self.rules.append(f"{name}: {expression}")
-        return name
-
-    def _new_terminal(self, expression: str) -> str:
-        name = self._new_name().upper()
-        self.rules.append(f"{name}: {expression}")
-        return name
+    def _named(self, expression: str, *, is_terminal: bool = False) -> str:
+        """The name of a rule."""
+        if expression not in self._names:
+            name = self._new_name()
+            self._names[expression] = name.upper() if is_terminal else name
+            self.rules.append(f"{self._names[expression]}: {expression}")
+        return self._names[expression]
 
     def _rule(self, schema: Any) -> str:
         """The name of a rule for the values of a schema."""
         expression = self._value(schema)
-        return expression if expression.isidentifier() else self._new(expression)
+        return expression if expression.isidentifier() else self._named(expression)
 
     def _value(self, schema: Any) -> str:
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise GrammarError(f"the schema is nested deeper than {_DEEPEST} levels")
+        expression = self._expression(schema)
+        self._depth -= 1
+        return expression
+
+    def _expression(self, schema: Any) -> str:
         if schema is True:
             return "any"
         if not isinstance(schema, dict):
@@ -204,7 +213,7 @@ class SchemaRules:
                 return self._string(schema)
             case "number" | "integer":
                 limits = {key: schema[key] for key in sorted(_NUMBER_KEYS & schema.keys())}
-                return self._new(f"%json {json.dumps({'type': name, **limits})}")
+                return self._named(f"%json {json.dumps({'type': name, **limits})}")
             case "boolean":
                 return '"true" | "false"'
             case "null":
@@ -217,9 +226,13 @@ class SchemaRules:
         terms: list[str] = []
         if {"minLength", "maxLength"} & schema.keys():
             terms.append(f"/(?s:.{{{_counts(*_limits(schema, 'minLength', 'maxLength'))}}})/")
-        if "pattern" in schema and not self._is_loose:
-            terms.append(f"/{whole_regex(_taken(schema, 'pattern', str))}/")
-        return f"{ESCAPE} {self._new_terminal(' & '.join(terms))} {ESCAPE}" if terms else "string"
+        if "pattern" in schema:
+            regex = whole_regex(_taken(schema, "pattern", str))
+            if regex is None:
+                self._refuse(schema, {"pattern"})
+            else:
+                terms.append(f"/{regex}/")
+        return f"{ESCAPE} {self._named(' & '.join(terms), is_terminal=True)} {ESCAPE}" if terms else "string"
 
     def _array(self, schema: dict[str, Any]) -> str:
         least, most = _limits(schema, "minItems", "maxItems")
@@ -242,8 +255,8 @@ class SchemaRules:
             other = f'{self._new_key(name for name, _ in members)} ":" {self._rule(others)}'
             firsts, tail = [f'{other} ("," {other})*'], f'("," {other})*'
         for name, member in reversed(members):
-            behind = self._new(tail)
-            pair = self._new(f"{_key(name)} {self._rule(member)}")
+            behind = self._named(tail)
+            pair = self._named(f"{_key(name)} {self._rule(member)}")
             if name in required:
                 firsts, tail = [f"{pair} {behind}"], f'"," {pair} {behind}'
             else:
@@ -255,7 +268,7 @@ class SchemaRules:
     def _new_key(self, taken: Iterable[str]) -> str:
         """The name of a terminal for keys other than those that are taken."""
         names = "|".join(re.escape(name).replace("/", r"\/") for name in taken if is_bare(name))
-        return self._new_terminal(f"{_ANY_KEY} & ~/{names}/") if names else "KEY"
+        return self._named(f"{_ANY_KEY} & ~/{names}/", is_terminal=True) if names else "KEY"
 
 
 def _key(name: str) -> str:

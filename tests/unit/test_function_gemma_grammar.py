@@ -227,6 +227,8 @@ def test_values_are_held_to_their_schema(schema: Any, allowed: list[str], refuse
     [
         ({"type": "string", "format": "date"}, "format"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "string", "pattern": "^(?=a).*$"}, "pattern"),
+        ({"type": "string", "pattern": "^(a|b)\\1$"}, "pattern"),
         ({"type": "string", "not": {"const": "a"}}, "not"),
         ({"oneOf": [{"type": "integer"}, {"minimum": 2}]}, "oneOf"),
         ({"allOf": [{"type": "string", "maxLength": 3}, {"maxLength": 2}]}, "allOf"),
@@ -267,6 +269,7 @@ def test_what_cannot_be_expressed_is_named_and_left_out_where_that_is_allowed(
         {"$ref": "https://example.com/schema"},
         {"$ref": 3},
         {"type": "string", "pattern": "^a|b$"},
+        {"type": "string", "pattern": "(^a|b)"},
         {"type": "string", "pattern": "a\\"},
         False,
         "string",
@@ -275,6 +278,12 @@ def test_what_cannot_be_expressed_is_named_and_left_out_where_that_is_allowed(
 def test_what_is_no_schema_is_refused(schema: Any) -> None:
     with pytest.raises(GrammarError):
         FORM.arguments_grammar({"type": "object", "properties": {"p": schema}}, is_loose=False)
+
+
+def test_a_pattern_is_held_to_where_something_else_cannot_be() -> None:
+    schema = {"type": "string", "pattern": "^a+$", "format": "date"}
+    assert accepts_value(schema, "'aa'", is_loose=True)
+    assert not accepts_value(schema, "'b'", is_loose=True)
 
 
 def test_the_arguments_are_always_an_object() -> None:
@@ -411,5 +420,9 @@ def test_large_and_hostile_schemas_are_compiled_or_refused_in_time() -> None:
     many = {f"p{n}": {"type": "string"} for n in range(300)}
     grammar = FORM.arguments_grammar({"type": "object", "properties": many}, is_loose=False)
     assert accepts(grammar, "{p0:<escape>a<escape>,p299:<escape>b<escape>}")
+    for _ in range(100):
+        deep = {"anyOf": [deep]}
+    with pytest.raises(GrammarError, match="deeper"):
+        FORM.arguments_grammar({"type": "object", "properties": {"p": deep}}, is_loose=True)
     with pytest.raises(GrammarError, match="characters"):
         FORM.arguments_grammar({"type": "object", "description": "x" * 300_000}, is_loose=False)
