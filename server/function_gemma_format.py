@@ -54,10 +54,10 @@ def in_order(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def local_definition(root: Any, reference: str) -> Any:
     """What a `$ref` into the schema itself refers to; None if that is nothing, or elsewhere."""
-    found = root
-    if not reference.startswith("#"):
+    if reference != "#" and not reference.startswith("#/"):
         return None
-    for step in reference[1:].split("/")[1:]:
+    found = root
+    for step in reference.split("/")[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
         found = found.get(step) if isinstance(found, dict) else None
     return found

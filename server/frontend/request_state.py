@@ -55,7 +55,7 @@ class TextDelta:
 class RequestState:
     """Turns the engine's outputs for one sequence into text deltas. Laws:
 
-    - The deltas' texts joined are a prefix of `Tokenizer.decode` of all the tokens: the whole of it, or what
+    - The deltas' texts joined are a prefix of what the detokenizer makes of all the tokens: all of it, or what
       comes before the first stop. Their `generated_token_ids` are all the tokens, `num_generated` in number.
     - Text is held back only while it may be the beginning of a stop string or of a character.
     - Exactly one delta has a finish_reason, and none follows it.

@@ -267,6 +267,7 @@ def test_what_cannot_be_expressed_is_named_and_left_out_where_that_is_allowed(
         {"anyOf": {}},
         {"$ref": "#/$defs/missing"},
         {"$ref": "https://example.com/schema"},
+        {"$ref": "#anchor"},
         {"$ref": 3},
         {"type": "string", "pattern": "^a|b$"},
         {"type": "string", "pattern": "(^a|b)"},
