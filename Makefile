@@ -81,7 +81,7 @@ chaos: $(DEV)  ## Real servers under load whose engines are killed, stopped and 
 .PHONY: soak
 soak: $(DEV)  ## 10,000 requests of all kinds to a real server: nothing may leak or grow; options: ARGS="--requests 2000"
 	@$(BIN)/python -m tests.soak.soak $(ARGS)
-	@$(BIN)/python -m pytest -m slow tests/soak
+	@$(BIN)/python -m pytest -m slow tests/soak/test_grammars.py tests/soak/test_residue.py
 
 .PHONY: conformance
 conformance: $(DEV)  ## Ask this server for all that OpenAI's API promises; another: ARGS="--base-url http://host:8000"

@@ -33,7 +33,7 @@ from server.frontend.vocabulary import make_byte_vocabulary, make_vocabulary
 from server.gguf_tokenizer import tokenizer_for_gguf
 from server.metrics import Metrics
 from server.model_source import DownloadProgress, ModelFiles, ModelSourceError, resolve
-from server.tokenizer import Tokenizer
+from server.tokenizer import START_RESPONSE, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -273,12 +273,16 @@ def _return_freed_memory() -> None:
 
 
 def _stop_token_ids(tokenizer: Tokenizer, model_config: GemmaConfig) -> tuple[int, ...]:
+    """The tokenizer's and those that the checkpoint lists. Ids that the model cannot sample end nothing."""
+    listed = {token_id for token_id in model_config.eos_token_ids if 0 <= token_id < model_config.vocab_size}
+    return tuple(sorted(listed.union(end_token_ids(tokenizer))))
+
+
+def end_token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Every id that ends a turn: a checkpoint's lists are known to leave `<end_of_turn>` or `<eos>` out.
 
-    Ids that the model cannot sample end nothing.
+    FunctionGemma begins a response behind its calls, and expects the rest of it from us.
     """
-    listed = model_config.eos_token_ids
-    ids = {token_id for token_id in listed if 0 <= token_id < model_config.vocab_size} | {tokenizer.eos_id}
-    if tokenizer.end_of_turn_id is not None:
-        ids.add(tokenizer.end_of_turn_id)
-    return tuple(sorted(ids))
+    response_id = tokenizer.function_ids.get(START_RESPONSE)
+    ids = (tokenizer.eos_id, tokenizer.end_of_turn_id, response_id)
+    return tuple(token_id for token_id in ids if token_id is not None)

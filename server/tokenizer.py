@@ -1,8 +1,8 @@
 """Text to token ids and back, for a tokenizer.json of the Gemma family (SentencePiece BPE with byte fallback).
 
 Laws:
-1. Control tokens are the pieces that the file flags as special, and in any case the sequence's, the turns' and
-   those of CodeGemma's infilling.
+1. Control tokens are the pieces that the file flags as special, and in any case the sequence's, the turns',
+   those of CodeGemma's infilling and, where all are there, FunctionGemma's for tools.
    `encode_text` never yields one; only `encode_controls` and `encode_prompt` read them out of a string.
 2. The text of a token sequence is the concatenation of its `token_bytes`, decoded as UTF-8 with one U+FFFD for
    each byte that is not part of a character. So a prefix of the ids decodes to a prefix of the text, but for
@@ -33,6 +33,24 @@ FIM_SUFFIX = "<|fim_suffix|>"
 FIM_MIDDLE = "<|fim_middle|>"
 FILE_SEPARATOR = "<|file_separator|>"
 _FIM = (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE, FILE_SEPARATOR)
+
+START_DECLARATION = "<start_function_declaration>"
+END_DECLARATION = "<end_function_declaration>"
+START_CALL = "<start_function_call>"
+END_CALL = "<end_function_call>"
+START_RESPONSE = "<start_function_response>"
+END_RESPONSE = "<end_function_response>"
+ESCAPE = "<escape>"
+"""Before and behind every string in FunctionGemma's declarations, calls and responses."""
+FUNCTION_TOKENS = (
+    START_DECLARATION,
+    END_DECLARATION,
+    START_CALL,
+    END_CALL,
+    START_RESPONSE,
+    END_RESPONSE,
+    ESCAPE,
+)
 
 _ALWAYS_CONTROL = ("<pad>", EOS, BOS, "<unk>", START_OF_TURN, END_OF_TURN, *_FIM)
 _IMAGE = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
@@ -87,6 +105,8 @@ class Tokenizer:
         backend.no_padding()
         # Some files leave them unflagged, or do not list them among the added tokens at all.
         present = [piece for piece in _ALWAYS_CONTROL if backend.token_to_id(piece) is not None]
+        has_functions = all(backend.token_to_id(piece) is not None for piece in FUNCTION_TOKENS)
+        present += FUNCTION_TOKENS if has_functions else ()
         backend.add_special_tokens(
             [tokenizers.AddedToken(piece, special=True, normalized=False) for piece in present]
         )
@@ -108,6 +128,8 @@ class Tokenizer:
         self.end_of_turn_id: int | None = backend.token_to_id(END_OF_TURN)
         self.fim_ids = {piece: self._controls[piece] for piece in _FIM if piece in self._controls}
         """Of the tokens for filling in a middle, by piece; empty but for CodeGemma."""
+        self.function_ids = {piece: self._controls[piece] for piece in FUNCTION_TOKENS if has_functions}
+        """Of the tokens for tools, by piece: all of them; empty but for FunctionGemma."""
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -184,6 +206,10 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """`token_bytes` as text for people; U+FFFD for a byte that is no character by itself."""
         return self.token_bytes(token_id).decode("utf-8", BYTE_REPLACEMENT)
+
+    def control_id(self, piece: str) -> int:
+        """Of a control token that there is."""
+        return self._controls[piece]
 
     def unsampleable_ids(self, num_embeddings: int) -> Iterable[int]:
         """Ids below `num_embeddings`, the rows of the model's embedding, that a text model must never produce:

@@ -56,7 +56,7 @@ FORBIDDEN = [
         r"",
     ),
     (
-        r"server\.(tokenizer|gguf_tokenizer|chat_template|tool_format|errors|config)",
+        r"server\.(tokenizer|gguf_tokenizer|chat_template|tool_format|function_gemma_\w+|errors|config)",
         r"server\.(api|app|frontend)(\..+)?",
         r"",
     ),

@@ -53,7 +53,7 @@ async def create_chat_completion(request: Request) -> Response:
     model = served_model(runtime, body.model)
     check_stream_options(body)
     messages = chat_messages(body.messages)
-    tools = await plan_chat_tools(body, runtime.grammars, headers)
+    tools = await plan_chat_tools(body, model, runtime.grammars, headers)
     by_new_name = body.max_completion_tokens is not None
     turn = await begin_turn(
         request,

@@ -207,7 +207,8 @@ class MessageToolCall(WireModel):
 
 class Message(WireModel):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
-        description="Who speaks; what a system or developer says goes into the next user turn. Required."
+        description="Who speaks; what a system or developer says goes into the next user turn, or with"
+        " FunctionGemma into the developer's. Required."
     )
     content: str | TextParts | None = Field(
         None,

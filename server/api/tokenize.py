@@ -42,11 +42,11 @@ async def tokenize(request: Request) -> Response:
     headers = ignored_headers(body, strict=runtime.config.strict)
     model = served_model(runtime, body.model)
     if isinstance(body, TokenizeChatRequest):
-        tools, _ = await plan_tools(declared_tools(body.tools), None, runtime.grammars, is_parallel=True)
+        tools, _ = await plan_tools(declared_tools(body.tools), None, model, runtime.grammars, is_parallel=True)
         ids = await chat_token_ids(
             chat_messages(body.messages),
             model,
-            declarations=tools.declarations,
+            tools=tools,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
         )

@@ -122,6 +122,7 @@ def _cgroup_available(root: Path, own: Path) -> int | None:
     except OSError:
         return None
     room: list[int | None] = []
+    limit_files: tuple[str, ...]
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":

@@ -34,7 +34,8 @@ from server.engine.types import (
 from server.frontend.client import EngineDeadError, EngineLoss
 from server.frontend.mailbox import no_vocabulary
 from server.frontend.served_model import ServedModel
-from server.runtime import Phase, Runtime
+from server.runtime import Phase, Runtime, end_token_ids
+from server.tokenizer import Tokenizer
 from tests.fixtures_tokenizers import make_tiny_tokenizer
 
 MODEL = "google/gemma-tiny"
@@ -190,21 +191,20 @@ class ScriptedRuntime(Runtime):
         self.grammars.close()
         await self.client.stop()
 
-    def load(self, max_model_len: int = MAX_MODEL_LEN) -> None:
-        assert END_OF_TURN is not None
+    def load(self, max_model_len: int = MAX_MODEL_LEN, tokenizer: Tokenizer = TOKENIZER) -> None:
         self.model = ServedModel(
             names=(MODEL, ALIAS),
             root="embedded",
             created=1_700_000_000,
-            tokenizer=TOKENIZER,
-            info=make_info(max_model_len),
-            stop_token_ids=(EOS, END_OF_TURN),
+            tokenizer=tokenizer,
+            info=make_info(max_model_len, tokenizer.vocab_size),
+            stop_token_ids=end_token_ids(tokenizer),
         )
         self.phase = Phase.READY
         self.metrics.set_model(self.model, 1.5)
 
 
-def make_info(max_model_len: int = MAX_MODEL_LEN) -> EngineInfo:
+def make_info(max_model_len: int = MAX_MODEL_LEN, vocab_size: int = VOCAB_SIZE) -> EngineInfo:
     return EngineInfo(
         device="cpu",
         dtype="float32",
@@ -214,7 +214,7 @@ def make_info(max_model_len: int = MAX_MODEL_LEN) -> EngineInfo:
         max_num_seqs=4,
         max_num_batched_tokens=64,
         max_sequence_tokens=max_model_len - MAX_MODEL_LEN + MAX_SEQUENCE_TOKENS,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         block_size=16,
         num_blocks={"full": 40, "sliding": 20},
         kv_cache_bytes=1,
@@ -288,7 +288,11 @@ def fresh(live: LiveServer) -> Iterator[LiveServer]:
 
 @contextmanager
 def live_server(
-    *, loaded: bool = True, max_model_len: int = MAX_MODEL_LEN, **options: Any
+    *,
+    loaded: bool = True,
+    max_model_len: int = MAX_MODEL_LEN,
+    tokenizer: Tokenizer = TOKENIZER,
+    **options: Any,
 ) -> Iterator[LiveServer]:
     engine = FakeEngineClient()
     config = ServerConfig(**options)
@@ -297,7 +301,7 @@ def live_server(
     if config.data_dir is not None:
         store = Store(config.data_dir, max_bytes=config.max_stored_bytes, max_files=config.max_stored_files)
     if loaded:
-        runtime.load(max_model_len)
+        runtime.load(max_model_len, tokenizer)
     # Named as TCP, or asyncio would leave Nagle's algorithm on, which costs each answer 40 ms.
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))

@@ -38,7 +38,7 @@ async def create_message(request: Request) -> Response:
     body, headers = await read_body(request, MessagesRequest)
     model = served_model(runtime, body.model)
     messages = conversation(body)
-    tools, loose = await tool_plan(body, runtime.grammars)
+    tools, loose = await tool_plan(body, model, runtime.grammars)
     ignored_fields.add_to_header(headers, loose)
     fields = GenerationFields.model_construct(
         temperature=body.temperature,
@@ -64,6 +64,6 @@ async def count_tokens(request: Request) -> Response:
     body, headers = await read_body(request, CountTokensRequest)
     runtime = runtime_of(request)
     model = served_model(runtime, body.model)
-    tools, _ = await tool_plan(body, runtime.grammars)
-    ids = await chat_token_ids(conversation(body), model, declarations=tools.declarations)
+    tools, _ = await tool_plan(body, model, runtime.grammars)
+    ids = await chat_token_ids(conversation(body), model, tools=tools)
     return json_response(TokenCount(len(ids)), headers=headers)

@@ -48,6 +48,7 @@ async def create_response(request: Request) -> Response:
     tools, loose = await plan_tools(
         declared_tools(body),
         body.tool_choice,
+        model,
         runtime.grammars,
         is_parallel=body.parallel_tool_calls is not False,
     )
