@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.precedence import Precedence
-from server.engine.sampling.types import SampledToken
+from server.engine.sampling.types import NOTHING_LEFT, SampledToken
 from server.engine.sequence import Sequence, SequenceStatus
 from server.engine.speculation import NgramSpeculator
 from server.engine.step_counts import StepCounts
@@ -370,12 +370,15 @@ class Scheduler:
 
     def _end(self, seq: Sequence, error: str) -> SequenceOutput:
         self._retire(seq)
+        params = seq.params
+        constrained = bool(params.grammar or params.allowed_token_ids or params.bad_words)
         return SequenceOutput(
             request_id=seq.request_id,
             finish_reason=FinishReason.ERROR,
             num_cached_tokens=seq.num_cached_tokens,
             scheduled_at=seq.scheduled_at,
             error=error,
+            is_contradictory=constrained and error == NOTHING_LEFT,
         )
 
     def _retire(self, seq: Sequence) -> None:

@@ -2,7 +2,8 @@
 
     ApiError                         status  code
     ├── InvalidRequestError             400  invalid_value, or as given
-    │   └── ContextLengthError          400  context_length_exceeded
+    │   ├── ContextLengthError          400  context_length_exceeded
+    │   └── ContradictionError          400  contradictory_constraints
     ├── AuthenticationError             401  invalid_api_key
     ├── PermissionDeniedError           403  admin_key_required
     ├── ModelNotFoundError              404  model_not_found
@@ -75,6 +76,19 @@ class InvalidRequestError(ApiError):
 
 class ContextLengthError(InvalidRequestError):
     default_code = "context_length_exceeded"
+
+
+class ContradictionError(InvalidRequestError):
+    """Known only once so much was generated."""
+
+    default_code = "contradictory_constraints"
+
+    def __init__(self, num_generated: int) -> None:
+        super().__init__(
+            f"Nothing may follow the {num_generated} tokens that were generated: there, what the request allows"
+            " by format, grammar, tools, 'min_tokens', 'ignore_eos', 'allowed_token_ids' and 'bad_words'"
+            " contradicts itself."
+        )
 
 
 class AuthenticationError(ApiError):

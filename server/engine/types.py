@@ -219,6 +219,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """`time.monotonic()` seconds at which the sequence first joined a batch; 0 before."""
     error: str | None = None
     """Why the engine gave up, under FinishReason.ERROR."""
+    is_contradictory: bool = False
+    """Whether it did because what the request itself asks for left no token to sample."""
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):

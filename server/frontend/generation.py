@@ -26,6 +26,7 @@ from server.engine.types import (
     SequenceOutput,
 )
 from server.errors import (
+    ContradictionError,
     CrashingRequestError,
     DeadlineError,
     EngineUnavailableError,
@@ -235,6 +236,8 @@ class _Choice:
                 async for output in outputs:
                     if output.finish_reason is FinishReason.ERROR:
                         finish_reason = FinishReason.ERROR
+                        if output.is_contradictory:
+                            raise ContradictionError(self.state.num_generated + len(output.token_ids))
                         logger.error("request %s: the engine gave up: %s", request.request_id, output.error)
                         raise GenerationError("The engine could not complete this request.")
                     prompt_logprobs = prompt_logprobs or output.prompt_logprobs
