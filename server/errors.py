@@ -3,13 +3,15 @@
     ApiError                         status  code
     ├── InvalidRequestError             400  invalid_value, or as given
     │   └── ContextLengthError          400  context_length_exceeded
+    ├── InvalidHttpError                400  invalid_http
+    ├── HostNotAllowedError             400  host_not_allowed
     ├── AuthenticationError             401  invalid_api_key
     ├── ModelNotFoundError              404  model_not_found
     ├── ResponseNotFoundError           404  response_not_found
     ├── RouteNotFoundError              404  unknown_url
     ├── ObjectNotFoundError             404  not_found
     ├── MethodNotAllowedError           405  method_not_allowed
-    ├── BodyTimeoutError                408  request_timeout
+    ├── RequestTimeoutError             408  request_timeout
     ├── ConflictError                   409  conflict
     ├── BodyTooLargeError               413  body_too_large
     ├── UnsupportedMediaTypeError       415  unsupported_media_type
@@ -19,6 +21,8 @@
     ├── FeatureOffError                 501  feature_off
     ├── ModelLoadingError               503  model_loading
     ├── EngineUnavailableError          503  engine_unavailable
+    ├── ShuttingDownError               503  shutting_down
+    ├── TooManyConnectionsError         503  too_many_connections
     └── StorageError                    507  storage_failed
         └── StorageFullError            507  storage_full
 
@@ -68,6 +72,21 @@ class InvalidRequestError(ApiError):
 
 class ContextLengthError(InvalidRequestError):
     default_code = "context_length_exceeded"
+
+
+class InvalidHttpError(ApiError):
+    status = 400
+    type = "invalid_request_error"
+    default_code = "invalid_http"
+
+    def __init__(self) -> None:
+        super().__init__("This is no HTTP/1.1 request, or its headers are too large.")
+
+
+class HostNotAllowedError(ApiError):
+    status = 400
+    type = "invalid_request_error"
+    default_code = "host_not_allowed"
 
 
 class AuthenticationError(ApiError):
@@ -130,7 +149,7 @@ class _UnreadBodyError(ApiError):
         return {"connection": "close"}
 
 
-class BodyTimeoutError(_UnreadBodyError):
+class RequestTimeoutError(_UnreadBodyError):
     status = 408
     default_code = "request_timeout"
 
@@ -216,6 +235,23 @@ class EngineUnavailableError(_UnavailableError):
 
     def __init__(self) -> None:
         super().__init__("The engine has ended and the server is about to restart.")
+
+
+class ShuttingDownError(_UnavailableError):
+    """Another server may answer, or this one once it has been started again."""
+
+    default_code = "shutting_down"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {**super().headers, "connection": "close"}
+
+
+class TooManyConnectionsError(_UnavailableError):
+    default_code = "too_many_connections"
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"The server answers requests on all of the {most} connections that it can have.")
 
 
 def shown(value: Any) -> str:

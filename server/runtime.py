@@ -61,6 +61,10 @@ class Runtime:
         self.fraction = 0.0
         """0..1 of the stage."""
         self.exit_code = 0
+        self.is_draining = False
+        """The server was told to end: whoever balances requests should look for another."""
+        self.takes_requests = True
+        """False once only those that were accepted before are answered."""
         self.on_failure: Callable[[], None] = lambda: None
         """Called once when the server can serve no more."""
         self._reading: concurrent.futures.Future[_Model] | None = None

@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
-MAX_PROMPTS = 1024
-"""Prompts in one completion request, as in vLLM."""
-MAX_STOP_STRINGS = 4
-MAX_STOP_CHARS = 1000
-MAX_LOGIT_BIAS = 1024
-MAX_BAD_WORD_CHARS = 1000
+from server.limits import (
+    MAX_BAD_WORD_CHARS,
+    MAX_LOGIT_BIAS,
+    MAX_PROMPTS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+)
 
 
 class WireModel(BaseModel):

@@ -3,6 +3,7 @@ the request's id, the access log, HTTP metrics, the last catch for errors, and A
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -15,7 +16,7 @@ from urllib.parse import quote
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.error_responses import error_response, is_anthropic
-from server.errors import AuthenticationError, InternalError
+from server.errors import AuthenticationError, InternalError, ShuttingDownError
 from server.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,11 @@ class RequestContextMiddleware:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the server ends, and nobody else cancels a request
+            if status:
+                raise
+            error = ShuttingDownError("The server was shut down before this request was answered.")
+            await error_response(error, scope["path"])(scope, receive, send_with_id)
         except Exception:  # whatever a route failed to expect becomes an answer here, and a line in the log
             logger.exception("request %s failed", request_id)
             if status:

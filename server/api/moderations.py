@@ -22,11 +22,11 @@ from server.frontend.admission import resolve_max_tokens
 from server.frontend.generation import ChoiceRequest, Generation
 from server.frontend.request_state import StopConditions
 from server.frontend.served_model import ServedModel
+from server.limits import MAX_PROMPTS
 from server.moderation import Policy, answer_ids, question, score
 
 router = APIRouter()
 
-MAX_INPUTS = 1024
 WARNING_HEADER = "x-warning"
 WARNING = (
     "The served model is not a ShieldGemma by its name: it was not trained for this question, and its scores "
@@ -38,7 +38,7 @@ def _texts(value: Any) -> list[str]:
     """`input` in its three forms; the parts of one text become one."""
     if isinstance(value, str):
         return [value]
-    if isinstance(value, list) and 0 < len(value) <= MAX_INPUTS:
+    if isinstance(value, list) and 0 < len(value) <= MAX_PROMPTS:
         if all(isinstance(item, str) for item in value):
             return value
         if all(isinstance(item, dict) for item in value):
@@ -46,7 +46,7 @@ def _texts(value: Any) -> list[str]:
             if all(isinstance(part, str) for part in parts):
                 return ["\n".join(part for part in parts if part is not None)]
             raise ValueError("must have parts of type text only: this model sees no images")
-    raise ValueError(f"must be a string, a list of 1 to {MAX_INPUTS} strings, or a list of text parts")
+    raise ValueError(f"must be a string, a list of 1 to {MAX_PROMPTS} strings, or a list of text parts")
 
 
 class ModerationRequest(WireModel):
@@ -58,7 +58,7 @@ class ModerationRequest(WireModel):
             {
                 "anyOf": [
                     {"type": "string"},
-                    {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_INPUTS},
+                    {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
                     {
                         "type": "array",
                         "items": {
@@ -67,7 +67,7 @@ class ModerationRequest(WireModel):
                             "required": ["type", "text"],
                         },
                         "minItems": 1,
-                        "maxItems": MAX_INPUTS,
+                        "maxItems": MAX_PROMPTS,
                     },
                 ]
             }

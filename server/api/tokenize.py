@@ -6,7 +6,7 @@ import asyncio
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.body import read_object, validate
+from server.api.body import read_as, validate
 from server.api.chat_messages import chat_messages
 from server.api.openapi import body_of
 from server.api.prompts import chat_token_ids, text_token_ids
@@ -33,13 +33,18 @@ _DETOKENIZE_BODY = body_of(DetokenizeRequest, answer=Text)
 @router.post("/v1/tokenize", summary=_TOKENIZE, openapi_extra=_TOKENIZE_BODY)
 async def tokenize(request: Request) -> Response:
     runtime = runtime_of(request)
-    value = await read_object(request, runtime.config.max_body_bytes)
-    body: TokenizeChatRequest | TokenizeCompletionRequest
-    if "messages" in value:
-        body = validate(TokenizeChatRequest, value)
-    else:
-        body = validate(TokenizeCompletionRequest, value)
-    headers = ignored_headers(body, strict=runtime.config.strict)
+
+    def make(
+        value: dict[str, object],
+    ) -> tuple[TokenizeChatRequest | TokenizeCompletionRequest, dict[str, str]]:
+        body: TokenizeChatRequest | TokenizeCompletionRequest
+        if "messages" in value:
+            body = validate(TokenizeChatRequest, value)
+        else:
+            body = validate(TokenizeCompletionRequest, value)
+        return body, ignored_headers(body, strict=runtime.config.strict)
+
+    body, headers = await read_as(request, runtime.config.max_body_bytes, make)
     model = served_model(runtime, body.model)
     if isinstance(body, TokenizeChatRequest):
         tools, _ = await plan_tools(declared_tools(body.tools), None, runtime.grammars, is_parallel=True)

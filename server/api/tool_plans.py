@@ -14,10 +14,8 @@ from server.errors import InvalidRequestError, shown
 from server.frontend.grammar_check import GrammarChecker
 from server.frontend.grammar_worker import Question
 from server.frontend.tool_grammar import ToolPlan, arguments_grammar
+from server.limits import MAX_TOOLS
 from server.tool_format import Tool
-
-MAX_TOOLS = 128
-"""OpenAI's limit. Names may be as long as Anthropic's."""
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 

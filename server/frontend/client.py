@@ -20,6 +20,10 @@ class EngineDeadError(Exception):
     """The engine ended, or could not start; the message says what is known about why."""
 
 
+class AbandonedError(EngineDeadError):
+    """The engine lives, but the server ends and gives up what runs."""
+
+
 class EngineClient(Protocol):
     """One engine. All methods belong to the event loop's thread."""
 
@@ -41,6 +45,9 @@ class EngineClient(Protocol):
         Outputs that arrive faster than they are read are merged into one. Closing the generator, or
         cancelling whoever reads it, aborts the sequence. Raises EngineDeadError.
         """
+
+    def abandon(self) -> None:
+        """Give up what runs: each sequence raises AbandonedError, and is aborted."""
 
     async def stop(self) -> None:
         """End the engine; idempotent. Sequences that still run raise EngineDeadError."""

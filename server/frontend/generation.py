@@ -25,9 +25,9 @@ from server.engine.types import (
     SamplingParams,
     SequenceOutput,
 )
-from server.errors import EngineUnavailableError, GenerationError
+from server.errors import EngineUnavailableError, GenerationError, ShuttingDownError
 from server.frontend.admission import Permit
-from server.frontend.client import EngineClient, EngineDeadError
+from server.frontend.client import AbandonedError, EngineClient, EngineDeadError
 from server.frontend.request_state import RequestState, StopConditions, TextDelta
 from server.metrics import RequestMetrics
 from server.tokenizer import Tokenizer
@@ -102,12 +102,17 @@ class Generation:
         return state.sum_of_logprobs / max(state.num_generated, 1)
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
-        """What the choices gain, as it comes. Raises GenerationError, EngineUnavailableError."""
+        """What the choices gain, as it comes.
+
+        Raises GenerationError, EngineUnavailableError, ShuttingDownError.
+        """
         try:
             source = self._choices[0].deltas() if len(self._choices) == 1 else self._merged()
             async with aclosing(source):
                 async for delta in source:
                     yield delta
+        except AbandonedError:
+            raise ShuttingDownError("The server was shut down before the answer was complete.") from None
         except EngineDeadError:
             raise EngineUnavailableError from None
 

@@ -30,7 +30,7 @@ from server.engine.types import (
     ToEngine,
     Vocabulary,
 )
-from server.frontend.client import EngineDeadError
+from server.frontend.client import AbandonedError, EngineDeadError
 
 
 def no_vocabulary() -> Vocabulary:
@@ -43,15 +43,15 @@ class _Mailbox:
 
     def __init__(self) -> None:
         self._pending: SequenceOutput | None = None
-        self._error: str | None = None
+        self._error: EngineDeadError | None = None
         self._arrived = asyncio.Event()
 
     def put(self, output: SequenceOutput) -> None:
         self._pending = output if self._pending is None else merge(self._pending, output)
         self._arrived.set()
 
-    def fail(self, reason: str) -> None:
-        self._error = reason
+    def fail(self, error: EngineDeadError) -> None:
+        self._error = error
         self._arrived.set()
 
     async def get(self) -> SequenceOutput:
@@ -62,7 +62,8 @@ class _Mailbox:
             if self._error is not None:
                 self._arrived.set()
             return output
-        raise EngineDeadError(self._error)
+        assert self._error is not None
+        raise self._error
 
 
 def merge(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
@@ -118,6 +119,10 @@ class MailboxClient(abc.ABC):
             if not finished and self._dead is None:
                 self._send(Abort([request.request_id]))
 
+    def abandon(self) -> None:
+        for mailbox in self._mailboxes.values():
+            mailbox.fail(AbandonedError())
+
     async def _send_vocabulary(self) -> None:
         self._send(await asyncio.to_thread(self.make_vocabulary))
 
@@ -142,7 +147,7 @@ class MailboxClient(abc.ABC):
             return
         self._dead = reason
         for mailbox in self._mailboxes.values():
-            mailbox.fail(reason)
+            mailbox.fail(EngineDeadError(reason))
         if self._started is not None and not self._started.done():
             self._started.set_exception(EngineDeadError(reason))
         elif not self._stopping:

@@ -48,6 +48,8 @@ class ProcessClient(MailboxClient):
         if self._writer is not None:
             self._writer.close()
         self._connection.close()
+        if self._started is None or not self._started.done():
+            self._process.kill()  # it loads, and would not notice before it is done
         try:
             await asyncio.to_thread(self._process.wait, STOP_SECONDS)
         except subprocess.TimeoutExpired:

@@ -8,12 +8,11 @@ import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import uvicorn
 
 from server.app import create_app
 from server.batches.store import Store
@@ -30,9 +29,10 @@ from server.engine.types import (
     StepStats,
     TokenLogprob,
 )
-from server.frontend.client import EngineDeadError
+from server.frontend.client import AbandonedError, EngineDeadError
 from server.frontend.mailbox import no_vocabulary
 from server.frontend.served_model import ServedModel
+from server.http_server import HttpServer
 from server.runtime import Phase, Runtime
 from tests.fixtures_tokenizers import make_tiny_tokenizer
 
@@ -81,6 +81,10 @@ class FakeEngineClient:
         self.running: set[str] = set()
         self.aborted: list[str] = []
         self.is_stopped = False
+        self._abandoned = asyncio.Event()
+
+    def abandon(self) -> None:
+        self._abandoned.set()
 
     async def start(self, config: EngineConfig) -> EngineInfo:
         raise NotImplementedError
@@ -109,7 +113,10 @@ class FakeEngineClient:
         scheduled_at = time.monotonic()
         pending: list[int] = []
         for number, token_id in enumerate(self._token_ids()):
-            await asyncio.sleep(script.delay)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(script.delay):
+                    await self._abandoned.wait()
+                    raise AbandonedError
             if number == script.error_after:
                 yield SequenceOutput(
                     request_id=request.request_id,
@@ -221,9 +228,15 @@ class LiveServer:
     """A server on a real socket, its event loop in a thread."""
 
     def __init__(
-        self, server: uvicorn.Server, runtime: ScriptedRuntime, client: FakeEngineClient, port: int
+        self,
+        server: HttpServer,
+        runtime: ScriptedRuntime,
+        client: FakeEngineClient,
+        port: int,
+        thread: threading.Thread,
     ) -> None:
-        self._server = server
+        self._thread = thread
+        self.http_server = server
         self.runtime = runtime
         self.engine = client
         self.port = port
@@ -236,7 +249,7 @@ class LiveServer:
 
     @property
     def in_flight(self) -> int:
-        app: Any = self._server.config.app
+        app: Any = self.http_server.config.app
         in_flight: int = app.state.admission.in_flight
         return in_flight
 
@@ -259,8 +272,17 @@ class LiveServer:
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
 
     def end(self) -> None:
-        """Tell the server to end; it does when its last answer is complete."""
-        self._server.should_exit = True
+        """End the server, whatever runs."""
+        self.http_server.should_exit = True
+
+    def drain(self) -> None:
+        """What SIGTERM does, which cannot reach a server in a thread."""
+        self.http_server.end()
+        wait_until(lambda: self.runtime.is_draining)
+
+    def wait_end(self, seconds: float = 10.0) -> None:
+        self._thread.join(seconds)
+        assert not self._thread.is_alive()
 
     def assert_idle(self) -> None:
         """Soon nothing runs and no permit is held."""
@@ -292,21 +314,9 @@ def live_server(
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(runtime, store),
-                http="h11",
-                access_log=False,
-                log_level="critical",
-                timeout_graceful_shutdown=2,
-            )
-        )
-        live = LiveServer(server, runtime, engine, port)
-
-        def serve() -> None:
-            asyncio.run(server.serve(sockets=[listener]))
-
-        thread = threading.Thread(target=serve, daemon=True)
+        server = HttpServer(create_app(runtime, store), runtime)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+        live = LiveServer(server, runtime, engine, port, thread)
         thread.start()
         wait_until(lambda: server.started)
         try:
@@ -314,8 +324,7 @@ def live_server(
         finally:
             live.http.close()
             live.end()
-            thread.join(10)
-            assert not thread.is_alive()
+            live.wait_end()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
