@@ -47,6 +47,7 @@ _CLOSE = (b"connection", b"close")
 class HttpServer(uvicorn.Server):
     def __init__(self, app: FastAPI, runtime: Runtime) -> None:
         config = runtime.config
+        self.connections = Connections()
         super().__init__(
             uvicorn.Config(
                 app,
@@ -54,7 +55,7 @@ class HttpServer(uvicorn.Server):
                 port=config.port,
                 # On h11, which bounds the headers, and takes the body of a request that offers to upgrade, as
                 # Java's client does; httptools does neither.
-                http=cast(Any, Connections()),
+                http=cast(Any, self.connections),
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=1,  # of clients that take their time to read a complete answer

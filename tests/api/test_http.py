@@ -25,6 +25,13 @@ JSON = {"content-type": "application/json"}
 # --- bodies ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("R09")
+@pytest.mark.covers("R10")
+@pytest.mark.covers("R10")
+@pytest.mark.covers("H14")
+@pytest.mark.covers("H08")
+@pytest.mark.covers("H08")
+@pytest.mark.covers("H04")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "body",
@@ -84,6 +91,7 @@ def test_json_may_be_called_so_or_go_without_a_type(server: LiveServer, headers:
     assert server.http.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers).status_code == 200
 
 
+@pytest.mark.covers("R08")
 def test_a_compressed_body_is_refused(server: LiveServer) -> None:
     headers = {**JSON, "content-encoding": "gzip"}
     assert_error(server.http.post("/v1/completions", content=b"\x1f\x8b", headers=headers), 415)
@@ -96,11 +104,13 @@ def small() -> Iterator[LiveServer]:
         yield live
 
 
+@pytest.mark.covers("R07")
 def test_a_body_over_the_limit_is_refused_by_its_header(small: LiveServer) -> None:
     assert "5000" in assert_error(small.complete("a" * 5000), 413, code="body_too_large")
     assert_error(small.complete("a" * 4900), 400, code="context_length_exceeded")
 
 
+@pytest.mark.covers("R07")
 def test_a_body_over_the_limit_is_refused_without_its_length_and_the_rest_unread(small: LiveServer) -> None:
     sent = 0
 
@@ -119,6 +129,7 @@ def test_a_body_over_the_limit_is_refused_without_its_length_and_the_rest_unread
     assert sent < 1 << 28
 
 
+@pytest.mark.covers("R08")
 def test_a_length_that_lies_harms_nobody(server: LiveServer) -> None:
     with server.connect() as sock:
         sock.sendall(
@@ -136,6 +147,7 @@ def test_a_length_that_lies_harms_nobody(server: LiveServer) -> None:
     assert server.complete().status_code == 200
 
 
+@pytest.mark.covers("R08", "H02")
 def test_a_body_that_does_not_come_is_given_up(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.api.body.BODY_SECONDS", 0.05)
     with server.connect() as sock:
@@ -162,6 +174,7 @@ def test_an_unknown_path_is_a_404_in_openai_s_shape(server: LiveServer, path: st
     connection.close()
 
 
+@pytest.mark.covers("R10")
 def test_another_method_is_a_405_that_names_the_right_one(server: LiveServer) -> None:
     response = server.http.get("/v1/chat/completions")
     assert_error(response, 405)
@@ -169,6 +182,7 @@ def test_another_method_is_a_405_that_names_the_right_one(server: LiveServer) ->
     assert_error(server.http.post("/v1/models"), 405)
 
 
+@pytest.mark.covers("H13")
 def test_options_get_no_cors_headers(server: LiveServer) -> None:
     response = server.http.options("/v1/models", headers={"origin": "https://evil.example"})
     assert response.status_code == 405
@@ -335,8 +349,10 @@ def test_without_keys_all_share_prefixes_but_for_the_request_s_salt(server: Live
 # --- connections -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("H12")
 def test_pipelined_requests_are_answered_in_order(server: LiveServer) -> None:
-    request = b"GET /v1/models/tiny HTTP/1.1\r\nHost: localhost\r\n\r\nGET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    host = b"HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    request = b"GET /v1/models/tiny " + host + b"GET /version " + host
     with server.connect() as sock:
         sock.sendall(request)
         data = b""
@@ -355,6 +371,7 @@ def test_junk_harms_nobody(server: LiveServer, junk: bytes) -> None:
     assert server.complete().status_code == 200
 
 
+@pytest.mark.covers("H01")
 def test_headers_have_a_bound(server: LiveServer) -> None:
     with server.connect() as sock:
         sock.settimeout(10)
@@ -376,6 +393,7 @@ def test_a_client_that_leaves_within_its_body_harms_nobody(server: LiveServer) -
     wait_until(lambda: server.metric(series) >= 20)
 
 
+@pytest.mark.covers("R03")
 def test_the_event_loop_does_not_stand_still_for_a_large_body(server: LiveServer) -> None:
     gaps = []
     over = threading.Event()
