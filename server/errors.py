@@ -242,10 +242,6 @@ class ShuttingDownError(_UnavailableError):
 
     default_code = "shutting_down"
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {**super().headers, "connection": "close"}
-
 
 class TooManyConnectionsError(_UnavailableError):
     default_code = "too_many_connections"

@@ -28,7 +28,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.batches.runner import BatchRunner
-from server.http_connection import Connections
+from server.http_connection import Connection, Connections
 from server.limits import KEEP_ALIVE_SECONDS, MAX_HEADER_BYTES
 from server.runtime import Runtime
 
@@ -111,9 +111,7 @@ class HttpServer(uvicorn.Server):
         config, runtime = self._runtime.config, self._runtime
         logger.info("shutting down: %d requests in flight", self.num_in_flight)
         runtime.is_draining = True
-        # Clients are to connect anew, which a balancer has them do elsewhere.
-        self.config.encoded_headers.append(_CLOSE)
-        self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
+        self._close_connections_with_their_answers()
         await asyncio.sleep(config.shutdown_delay)
         runtime.takes_requests = False
         batches: BatchRunner | None = self._app.state.batches
@@ -122,6 +120,15 @@ class HttpServer(uvicorn.Server):
         if not await self._idle_within(config.shutdown_timeout):
             await self._cut()
         self.should_exit = True
+
+    def _close_connections_with_their_answers(self) -> None:
+        """Clients are to connect anew, which a balancer has them do elsewhere."""
+        self.config.encoded_headers.append(_CLOSE)  # which uvicorn makes the default headers of, each second
+        headers = self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
+        for connection in self.server_state.connections:
+            assert isinstance(connection, Connection)
+            if connection.cycle is not None:
+                connection.cycle.default_headers = headers
 
     async def _cut(self) -> None:
         logger.warning("the time to shut down is over: %d requests are cut", self.num_in_flight)

@@ -28,9 +28,11 @@ def send_request(server: LiveServer, path: str = "/v1/completions", **fields: An
 
 
 def read_to_end(sock: socket.socket) -> bytes:
+    """All that comes until the server closes the connection; closes it, too."""
     data = b""
-    while received := sock.recv(65536):
-        data += received
+    with sock:
+        while received := sock.recv(65536):
+            data += received
     return data
 
 

@@ -48,9 +48,11 @@ def test_what_was_accepted_is_answered_and_what_comes_later_refused() -> None:
         assert refused.headers["connection"] == "close"
         assert len(server.engine.submitted) == 2
         assert read_to_end(stream).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-        answer = response_of(whole)
-        assert answer.status == 200
-        assert json.loads(answer.read())["choices"][0]["finish_reason"] == "stop"
+        with whole:
+            answer = response_of(whole)
+            assert answer.status == 200
+            assert answer.headers["connection"] == "close"
+            assert json.loads(answer.read())["choices"][0]["finish_reason"] == "stop"
         server.wait_end(2)
         assert server.engine.is_stopped
 
@@ -132,8 +134,9 @@ def test_whole_answers_that_outlast_the_deadline_become_errors() -> None:
         wait_until(lambda: server.http_server.num_in_flight == 2)
         server.drain()
         for sock in (waiting, late):
-            answer = response_of(sock)
-            assert answer.status == 503
-            assert json.loads(answer.read())["error"]["code"] == "shutting_down"
-            assert answer.headers["connection"] == "close"
+            with sock:
+                answer = response_of(sock)
+                assert answer.status == 503
+                assert json.loads(answer.read())["error"]["code"] == "shutting_down"
+                assert answer.headers["connection"] == "close"
         server.wait_end(5)
