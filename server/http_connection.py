@@ -13,7 +13,7 @@ import asyncio
 import resource
 from collections import OrderedDict
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -76,8 +76,7 @@ class Connection(H11Protocol):
     # --- from the transport --------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, transport))  # uvloop's is none by its class
         self.flow = _Flow(self)
         if len(self.connections) > self._shared.most and not self._make_room():
             self._refuse(TooManyConnectionsError(self._shared.most))

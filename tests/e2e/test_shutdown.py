@@ -57,7 +57,7 @@ def test_twenty_streams_run_to_their_end_while_the_probes_answer_and_new_request
 ) -> None:
     with running_server(long_context, *OPTIONS) as server:
         engine = server.engine
-        streams = [Stream(server, max_tokens=1500) for _ in range(20)]
+        streams = [Stream(server, max_tokens=800) for _ in range(20)]
         for stream in streams:
             assert stream.begun.wait(30)
         server.process.send_signal(signal.SIGTERM)
