@@ -67,6 +67,7 @@ class _Flow(FlowControl):
 class Connection(H11Protocol):
     def __init__(self, shared: Connections, **its: Any) -> None:
         super().__init__(**its)
+        self.access_log = False  # whatever handlers its logger has: it would log queries
         self._shared = shared
         self._header_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
