@@ -23,8 +23,8 @@ from server.api.responses import encode
 from server.errors import ApiError, InvalidHttpError, RequestTimeoutError, TooManyConnectionsError
 from server.limits import HEADER_SECONDS, MAX_CONNECTIONS, RESERVED_FILES, SEND_SECONDS
 
-SLICE_BYTES = 1 << 14
-"""Of a chunked body, this much may hold two thousand chunks, each of which is some work."""
+SLICE_BYTES = 1 << 12
+"""Of a chunked body, this much may hold seven hundred chunks, of ten microseconds each."""
 
 
 class Connections:

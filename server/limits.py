@@ -34,8 +34,10 @@ MAX_NESTING = 200
 MAX_VALUES = 500_000
 """Values in all lists and objects of a body. The parser makes some ten million a second, and nothing else runs
 meanwhile."""
+MAX_STRINGS = 200_000
+"""Strings in a body, keys included, each of which may cost ten times as much as a number."""
 MAX_KEYS = 100_000
-"""Keys in all objects of a body, each of which may cost ten times as much as a number."""
+"""Keys in all objects of a body."""
 MAX_OBJECTS = 30_000
 """Objects in a body, which are validated one by one."""
 MAX_ESCAPES = 2_000_000
