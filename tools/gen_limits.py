@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ def _sections() -> Iterator[tuple[str, list[tuple[str, str]]]]:
     statements = ast.parse(source).body
     for (start, heading), (end, _) in zip(starts, [*starts[1:], (len(lines) + 1, "")], strict=True):
         rows = []
-        for statement, following in zip(statements, statements[1:], strict=False):
+        for statement, following in itertools.pairwise(statements):
             if isinstance(statement, ast.Assign) and start < statement.lineno < end:
                 assert isinstance(following, ast.Expr)
                 assert isinstance(following.value, ast.Constant)

@@ -41,9 +41,13 @@ async def read_as(request: Request, max_bytes: int, make: Callable[[dict[str, ob
             data = await _read(request, max_bytes)
     except TimeoutError:
         raise RequestTimeoutError(f"The body was not complete after {BODY_SECONDS:g} seconds.") from None
-    if len(data) <= INLINE_BYTES:
-        return make(_parse(data))
-    return await asyncio.to_thread(lambda: make(_parse(data)))
+    request.state.is_large = len(data) > INLINE_BYTES
+    return await off_loop(request, lambda: make(_parse(data)))
+
+
+async def off_loop(request: Request, work: Callable[[], Result]) -> Result:
+    """The result of work that grows with the request's body, in a thread if that is large."""
+    return await asyncio.to_thread(work) if request.state.is_large else work()
 
 
 def validate(model: type[Body], value: dict[str, object]) -> Body:

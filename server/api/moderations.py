@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, Struct, UnsetType
 from pydantic import Field, PlainValidator, WithJsonSchema
 
+from server.api.body import off_loop
 from server.api.field_types import WireModel
 from server.api.openapi import body_of
 from server.api.prompts import rendered_token_ids
@@ -101,7 +102,7 @@ async def create_moderation(request: Request) -> Response:
     model = served_model(runtime, body.model)
     policies: Sequence[Policy] = request.app.state.policies
     admission_of(request).check_count(len(body.input) * len(policies))
-    choices = await _choices(body.input, policies, model)
+    choices = await _choices(request, body.input, policies, model)
     generation = admit(request, model, choices, GenerationFields.model_validate({}))
     warning: str | UnsetType = UNSET
     if not any("shieldgemma" in name.lower() for name in (model.root, *model.names)):
@@ -110,11 +111,16 @@ async def create_moderation(request: Request) -> Response:
     return await answer(request, generation, _whole(generation, head, body.input, policies, warning), headers)
 
 
-async def _choices(texts: Sequence[str], policies: Sequence[Policy], model: ServedModel) -> list[ChoiceRequest]:
+async def _choices(
+    request: Request, texts: Sequence[str], policies: Sequence[Policy], model: ServedModel
+) -> list[ChoiceRequest]:
     """One sequence of one token for each text and policy: the first text's policies come first."""
     try:
         ids = answer_ids(model.tokenizer)
-        prompts = [question(text, policy, model.tokenizer) for text in texts for policy in policies]
+        prompts = await off_loop(
+            request,
+            lambda: [question(text, policy, model.tokenizer) for text in texts for policy in policies],
+        )
     except ValueError as error:
         raise InvalidRequestError(f"{str(error).capitalize()}.", param="model") from None
     sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0, logprobs=0, logprob_token_ids=ids)

@@ -6,7 +6,7 @@ import asyncio
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.body import read_as, validate
+from server.api.body import off_loop, read_as, validate
 from server.api.chat_messages import chat_messages
 from server.api.openapi import body_of
 from server.api.prompts import chat_token_ids, text_token_ids
@@ -47,9 +47,10 @@ async def tokenize(request: Request) -> Response:
     body, headers = await read_as(request, runtime.config.max_body_bytes, make)
     model = served_model(runtime, body.model)
     if isinstance(body, TokenizeChatRequest):
+        messages = body.messages
         tools, _ = await plan_tools(declared_tools(body.tools), None, runtime.grammars, is_parallel=True)
         ids = await chat_token_ids(
-            chat_messages(body.messages),
+            await off_loop(request, lambda: chat_messages(messages)),
             model,
             declarations=tools.declarations,
             add_generation_prompt=body.add_generation_prompt,
@@ -57,7 +58,9 @@ async def tokenize(request: Request) -> Response:
         )
     else:
         ids = await text_token_ids(body.prompt, model, add_bos=body.add_special_tokens is not False)
-    strings = [model.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
+    strings = None
+    if body.return_token_strs:
+        strings = await off_loop(request, lambda: [model.tokenizer.token_text(token_id) for token_id in ids])
     return json_response(Tokens(len(ids), model.info.max_model_len, ids, strings), headers=headers)
 
 
