@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import ctypes
 import enum
+import gc
 import logging
 import os
 import threading
@@ -115,6 +116,9 @@ class Runtime:
             info=info,
             stop_token_ids=_stop_token_ids(tokenizer, model_config),
         )
+        # What lives now lives for good; later collections, beside which nothing else runs, need not walk it.
+        gc.collect()
+        gc.freeze()
         self.phase = Phase.READY
         seconds = time.monotonic() - started
         self.metrics.set_model(self.model, seconds)

@@ -34,6 +34,9 @@ from server.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+CHOICES_AT_ONCE = 32
+"""Begun, before others have their turn on the event loop."""
+
 
 @dataclass(frozen=True, slots=True)
 class ChoiceRequest:
@@ -133,8 +136,12 @@ class Generation:
             except Exception as error:  # whatever it is, it is raised again where the request is read
                 await queue.put(error)
 
-        pumps = [asyncio.create_task(pump(choice)) for choice in self._choices]
+        pumps: list[asyncio.Task[None]] = []
         try:
+            for choice in self._choices:
+                pumps.append(asyncio.create_task(pump(choice)))
+                if len(pumps) % CHOICES_AT_ONCE == 0:
+                    await asyncio.sleep(0)
             num_running = len(pumps)
             while num_running:
                 item = await queue.get()

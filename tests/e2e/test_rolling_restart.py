@@ -31,7 +31,7 @@ POLL_SECONDS = 0.3
 """Between two looks of the balancer at /readyz."""
 OPTIONS = (
     *("--dtype", "float32", "--num-threads", "1", "--max-num-seqs", "64"),
-    *("--shutdown-delay", "1", "--shutdown-timeout", "60"),
+    *("--shutdown-delay", "3", "--shutdown-timeout", "60"),
 )
 # Nothing is tried again: what the client sees is what the servers did.
 CONFIGURATION = """
@@ -42,12 +42,14 @@ defaults
     timeout connect 2s
     timeout client 120s
     timeout server 120s
+    timeout check 10s
     retries 0
 frontend clients
     bind 127.0.0.1:{front}
     default_backend replicas
 backend replicas
     balance leastconn
+    option http-keep-alive
     option httpchk GET /readyz
     default-server check inter {milliseconds}ms fall 1 rise 1
     server a 127.0.0.1:{first}
@@ -93,7 +95,7 @@ def _stream(client: httpx.Client, max_tokens: int) -> str:
     except httpx.HTTPError as error:
         return f"a stream broke: {error!r}"
     if response.status_code != 200:
-        return f"a stream was refused: {response.status_code}"
+        return _refusal("a stream", response)
     if events[-1] != "[DONE]" or json.loads(events[-2])["choices"][0]["finish_reason"] != "length":
         return f"a stream ended with {events[-2:]}"
     return "complete"
@@ -104,7 +106,13 @@ def _whole(client: httpx.Client) -> str:
         response = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 10, "ignore_eos": True})
     except httpx.HTTPError as error:
         return f"an answer did not come: {error!r}"
-    return "complete" if response.status_code == 200 else f"an answer was {response.status_code}"
+    return "complete" if response.status_code == 200 else _refusal("an answer", response)
+
+
+def _refusal(what: str, response: httpx.Response) -> str:
+    # The balancer's own answers are HTML.
+    is_ours = response.headers.get("content-type") == "application/json"
+    return f"{what} was refused with {response.status_code} by {'a server' if is_ours else 'the balancer'}"
 
 
 def _free_ports(count: int) -> list[int]:
