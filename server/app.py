@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
 from server.api import (
@@ -25,6 +26,7 @@ from server.api import (
 from server.api.anthropic import routes as anthropic
 from server.api.auth import ApiKeyMiddleware
 from server.api.dispatch import RouteRequests
+from server.api.hosts import HostMiddleware
 from server.api.middleware import RequestContextMiddleware
 from server.api.openai_responses import routes as openai_responses
 from server.api_keys import KeyRing
@@ -82,15 +84,26 @@ def create_app(
     )
     app.state.runtime = runtime
     app.state.policies = policies
-    app.state.keys = KeyRing(runtime.config) if keys is None else keys
+    config = runtime.config
+    app.state.keys = KeyRing(config) if keys is None else keys
     app.state.accounts = Accounts()
-    app.state.admission = Admission(runtime.config.max_queued_requests, runtime.config.max_queued_tokens)
+    app.state.admission = Admission(config.max_queued_requests, config.max_queued_tokens)
     # The last one added is the outermost.
+    app.add_middleware(HostMiddleware, bound_to=config.host, allowed=config.allowed_hosts)
     app.add_middleware(ApiKeyMiddleware, keys=app.state.keys)
+    if config.allowed_origins:
+        # Outside of the keys, since browsers ask whether they may send one without sending it.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     app.add_middleware(
         RequestContextMiddleware,
         metrics=runtime.metrics.http,
-        access_log=not runtime.config.disable_access_log,
+        access_log=not config.disable_access_log,
     )
     error_handlers.install(app)
     for router in (*BATCH_ROUTERS, *OTHER_ROUTERS):

@@ -47,6 +47,18 @@ class ServerConfig(BaseModel):
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 means every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 lets the system choose.")
+    allowed_hosts: list[str] = Field(
+        [],
+        description="Names by which clients may ask for the server (its Host header), beside localhost;"
+        " `*.example.com` stands for all under one, `*` for any. Addresses always pass. If none is given, any"
+        " name passes, unless the server listens on a loopback address: then only localhost does, so that no"
+        " web page can reach it by a name of its own.",
+    )
+    allowed_origins: list[str] = Field(
+        [],
+        description="Web pages that may use the server from a browser (CORS), as `https://example.com`; `*` for"
+        " all. None if not given.",
+    )
     api_key: list[str] = Field(
         [],
         repr=False,
@@ -227,8 +239,17 @@ class ServerConfig(BaseModel):
     sse_keep_alive_interval: float = Field(
         15.0, gt=0, description="Seconds between comments on a stream that has nothing else to say."
     )
+    shutdown_delay: float = Field(
+        0.0,
+        ge=0,
+        description="Seconds after SIGTERM in which all is served as before, while /readyz already fails: as"
+        " many as a load balancer that polls it takes to send requests elsewhere.",
+    )
     shutdown_timeout: float = Field(
-        30.0, ge=0, description="Seconds that running requests may take to finish after SIGTERM."
+        30.0,
+        ge=0,
+        description="Seconds that accepted requests may then take to finish, while new ones are refused; those"
+        " that do not end with an error. A second SIGTERM ends the server at once.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severity to log."

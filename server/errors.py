@@ -4,6 +4,8 @@
     ├── InvalidRequestError             400  invalid_value, or as given
     │   ├── ContextLengthError          400  context_length_exceeded
     │   └── ContradictionError          400  contradictory_constraints
+    ├── InvalidHttpError                400  invalid_http
+    ├── HostNotAllowedError             400  host_not_allowed
     ├── AuthenticationError             401  invalid_api_key
     ├── PermissionDeniedError           403  admin_key_required
     ├── ModelNotFoundError              404  model_not_found
@@ -11,7 +13,7 @@
     ├── RouteNotFoundError              404  unknown_url
     ├── ObjectNotFoundError             404  not_found
     ├── MethodNotAllowedError           405  method_not_allowed
-    ├── BodyTimeoutError                408  request_timeout
+    ├── RequestTimeoutError             408  request_timeout
     ├── ConflictError                   409  conflict
     ├── BodyTooLargeError               413  body_too_large
     ├── UnsupportedMediaTypeError       415  unsupported_media_type
@@ -24,6 +26,8 @@
     ├── ModelLoadingError               503  model_loading
     ├── EngineUnavailableError          503  engine_unavailable
     │   └── GenerationLostError         503  engine_lost
+    ├── ShuttingDownError               503  shutting_down
+    ├── TooManyConnectionsError         503  too_many_connections
     ├── DeadlineError                   504  deadline_exceeded
     └── StorageError                    507  storage_failed
         └── StorageFullError            507  storage_full
@@ -89,6 +93,21 @@ class ContradictionError(InvalidRequestError):
             " by format, grammar, tools, 'min_tokens', 'ignore_eos', 'allowed_token_ids' and 'bad_words'"
             " contradicts itself."
         )
+
+
+class InvalidHttpError(ApiError):
+    status = 400
+    type = "invalid_request_error"
+    default_code = "invalid_http"
+
+    def __init__(self) -> None:
+        super().__init__("This is no HTTP/1.1 request, or its headers are too large.")
+
+
+class HostNotAllowedError(ApiError):
+    status = 400
+    type = "invalid_request_error"
+    default_code = "host_not_allowed"
 
 
 class AuthenticationError(ApiError):
@@ -159,7 +178,7 @@ class _UnreadBodyError(ApiError):
         return {"connection": "close"}
 
 
-class BodyTimeoutError(_UnreadBodyError):
+class RequestTimeoutError(_UnreadBodyError):
     status = 408
     default_code = "request_timeout"
 
@@ -291,6 +310,19 @@ class DeadlineError(ApiError):
     def headers(self) -> dict[str, str]:
         # OpenAI's libraries would ask a server again that is too slow already.
         return {"x-should-retry": "false"}
+
+
+class ShuttingDownError(_UnavailableError):
+    """Another server may answer, or this one once it has been started again."""
+
+    default_code = "shutting_down"
+
+
+class TooManyConnectionsError(_UnavailableError):
+    default_code = "too_many_connections"
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"The server answers requests on all of the {most} connections that it can have.")
 
 
 def shown(value: Any) -> str:

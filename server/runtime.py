@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import ctypes
 import enum
+import gc
 import logging
 import os
 import threading
@@ -66,6 +67,10 @@ class Runtime:
         self.fraction = 0.0
         """0..1 of the stage."""
         self.exit_code = 0
+        self.is_draining = False
+        """The server was told to end: whoever balances requests should look for another."""
+        self.takes_requests = True
+        """False once only those that were accepted before are answered."""
         self.on_failure: Callable[[], None] = lambda: None
         """Called once when the server can serve no more."""
         self._reading: concurrent.futures.Future[_Model] | None = None
@@ -121,6 +126,9 @@ class Runtime:
             info=info,
             stop_token_ids=_stop_token_ids(tokenizer, model_config),
         )
+        # What lives now lives for good; later collections, beside which nothing else runs, need not walk it.
+        gc.collect()
+        gc.freeze()
         self._enter(Phase.READY if self._lost_at is None else Phase.RESTARTING, Phase.STARTING)
         seconds = time.monotonic() - started
         self.metrics.set_model(self.model, seconds)

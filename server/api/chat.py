@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, UnsetType
 
 from server.api import logprobs
+from server.api.body import off_loop
 from server.api.chat_messages import chat_messages
 from server.api.openapi import body_of
 from server.api.params import chat_logprobs, check_stream_options
@@ -52,7 +53,7 @@ async def create_chat_completion(request: Request) -> Response:
     body, headers = await read_body(request, ChatCompletionRequest)
     model = served_model(runtime, body.model)
     check_stream_options(body)
-    messages = chat_messages(body.messages)
+    messages = await off_loop(request, lambda: chat_messages(body.messages))
     tools = await plan_chat_tools(body, model, runtime.grammars, headers)
     by_new_name = body.max_completion_tokens is not None
     turn = await begin_turn(
@@ -114,17 +115,22 @@ class _Writer:
 
 async def _whole(turn: Turn, head: Head, writer: _Writer) -> ChatCompletion:
     whole = await turn.whole()
-    choices = [
-        ChatChoice(
-            index=index,
-            message=writer.message(choice),
-            logprobs=writer.logprobs(choice.logprobs),
-            finish_reason=choice.finish_reason,
-            stop_reason=choice.stop_reason,
-            token_ids=writer.token_ids(choice.token_ids),
-        )
-        for index, choice in enumerate(whole)
-    ]
+
+    def write() -> list[ChatChoice]:
+        return [
+            ChatChoice(
+                index=index,
+                message=writer.message(choice),
+                logprobs=writer.logprobs(choice.logprobs),
+                finish_reason=choice.finish_reason,
+                stop_reason=choice.stop_reason,
+                token_ids=writer.token_ids(choice.token_ids),
+            )
+            for index, choice in enumerate(whole)
+        ]
+
+    num_logprobs = sum(1 + len(token.top) for choice in whole for token in choice.logprobs or ())
+    choices = await logprobs.written(num_logprobs, 0, write)
     return ChatCompletion(
         head.id,
         head.created,

@@ -24,7 +24,7 @@ from server.frontend.fitting import check_token_ids
 from server.frontend.grammar_check import GrammarChecker
 from server.frontend.grammar_worker import Question, Syntax
 from server.frontend.served_model import ServedModel
-from server.grammar_library import JSON_WHITESPACE, GrammarError, quoted
+from server.grammar_library import JSON_WHITESPACE, MAX_GRAMMAR_CHARS, GrammarError, quoted
 from server.tokenizer import InvalidTextError, Tokenizer
 
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
@@ -152,7 +152,14 @@ def _of_structured_outputs(wanted: StructuredOutputs, name: str) -> Iterator[_Wa
     if wanted.regex is not None:
         yield _Wanted(name.format("regex"), Question(wanted.regex, Syntax.REGEX))
     if wanted.choice is not None:
-        yield _Wanted(name.format("choice"), Question(choice_grammar(wanted.choice)))
+        param = name.format("choice")
+        # Looked at here, since already to write such a grammar takes long.
+        if (size := sum(map(len, wanted.choice))) > MAX_GRAMMAR_CHARS:
+            raise InvalidRequestError(
+                f"'{param}' has texts of {size} characters; at most {MAX_GRAMMAR_CHARS} are allowed.",
+                param=param,
+            )
+        yield _Wanted(param, Question(choice_grammar(wanted.choice)))
     if wanted.grammar is not None:
         syntax = Syntax.GBNF if _GBNF_RULE.search(wanted.grammar) else Syntax.NATIVE
         yield _Wanted(name.format("grammar"), Question(wanted.grammar, syntax))

@@ -3,6 +3,7 @@ the request's id, the access log, HTTP metrics, what is left of the limits, and 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -13,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.error_responses import error_response
 from server.api.terms import quota_headers
-from server.errors import InternalError
+from server.errors import InternalError, ShuttingDownError
 from server.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,11 @@ class RequestContextMiddleware:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the server ends, and nobody else cancels a request
+            if status:
+                raise
+            error = ShuttingDownError("The server was shut down before this request was answered.")
+            await error_response(error, scope["path"])(scope, receive, send_with_id)
         except Exception:  # whatever a route failed to expect becomes an answer here, and a line in the log
             logger.exception("request %s failed", request_id)
             if status:

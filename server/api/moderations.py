@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, Struct, UnsetType
 from pydantic import Field, PlainValidator, WithJsonSchema
 
+from server.api.body import off_loop
 from server.api.field_types import WireModel
 from server.api.openapi import body_of
 from server.api.prompts import rendered_token_ids
@@ -23,11 +24,11 @@ from server.frontend.fitting import resolve_max_tokens
 from server.frontend.generation import ChoiceRequest, Generation
 from server.frontend.request_state import StopConditions
 from server.frontend.served_model import ServedModel
+from server.limits import MAX_PROMPTS
 from server.moderation import Policy, answer_ids, question, score
 
 router = APIRouter()
 
-MAX_INPUTS = 1024
 WARNING_HEADER = "x-warning"
 WARNING = (
     "The served model is not a ShieldGemma by its name: it was not trained for this question, and its scores "
@@ -39,7 +40,7 @@ def _texts(value: Any) -> list[str]:
     """`input` in its three forms; the parts of one text become one."""
     if isinstance(value, str):
         return [value]
-    if isinstance(value, list) and 0 < len(value) <= MAX_INPUTS:
+    if isinstance(value, list) and 0 < len(value) <= MAX_PROMPTS:
         if all(isinstance(item, str) for item in value):
             return value
         if all(isinstance(item, dict) for item in value):
@@ -47,7 +48,7 @@ def _texts(value: Any) -> list[str]:
             if all(isinstance(part, str) for part in parts):
                 return ["\n".join(part for part in parts if part is not None)]
             raise ValueError("must have parts of type text only: this model sees no images")
-    raise ValueError(f"must be a string, a list of 1 to {MAX_INPUTS} strings, or a list of text parts")
+    raise ValueError(f"must be a string, a list of 1 to {MAX_PROMPTS} strings, or a list of text parts")
 
 
 class ModerationRequest(WireModel):
@@ -59,7 +60,7 @@ class ModerationRequest(WireModel):
             {
                 "anyOf": [
                     {"type": "string"},
-                    {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_INPUTS},
+                    {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
                     {
                         "type": "array",
                         "items": {
@@ -68,7 +69,7 @@ class ModerationRequest(WireModel):
                             "required": ["type", "text"],
                         },
                         "minItems": 1,
-                        "maxItems": MAX_INPUTS,
+                        "maxItems": MAX_PROMPTS,
                     },
                 ]
             }
@@ -103,7 +104,7 @@ async def create_moderation(request: Request) -> Response:
     model = served_model(runtime, body.model)
     policies: Sequence[Policy] = request.app.state.policies
     terms_of(request).admission.check_count(len(body.input) * len(policies))
-    choices = await _choices(body.input, policies, model)
+    choices = await _choices(request, body.input, policies, model)
     generation = admit(request, model, choices, GenerationFields.model_validate({}))
     warning: str | UnsetType = UNSET
     if not any("shieldgemma" in name.lower() for name in (model.root, *model.names)):
@@ -112,11 +113,16 @@ async def create_moderation(request: Request) -> Response:
     return await answer(request, generation, _whole(generation, head, body.input, policies, warning), headers)
 
 
-async def _choices(texts: Sequence[str], policies: Sequence[Policy], model: ServedModel) -> list[ChoiceRequest]:
+async def _choices(
+    request: Request, texts: Sequence[str], policies: Sequence[Policy], model: ServedModel
+) -> list[ChoiceRequest]:
     """One sequence of one token for each text and policy: the first text's policies come first."""
     try:
         ids = answer_ids(model.tokenizer)
-        prompts = [question(text, policy, model.tokenizer) for text in texts for policy in policies]
+        prompts = await off_loop(
+            request,
+            lambda: [question(text, policy, model.tokenizer) for text in texts for policy in policies],
+        )
     except ValueError as error:
         raise InvalidRequestError(f"{str(error).capitalize()}.", param="model") from None
     sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0, logprobs=0, logprob_token_ids=ids)

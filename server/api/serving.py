@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from server.api import ignored_fields
-from server.api.body import read_object, validate
+from server.api.body import read_as, validate
 from server.api.protocol import GenerationFields, StreamOptions
 from server.api.responses import Usage, json_response
 from server.api.sse import CHUNKS, EventFormat, GenerationStream
@@ -24,6 +24,7 @@ from server.errors import (
     InvalidRequestError,
     ModelLoadingError,
     ModelNotFoundError,
+    ShuttingDownError,
     shown,
 )
 from server.frontend.generation import ChoiceRequest, Generation, Origin
@@ -47,8 +48,12 @@ def owner_of(request: Request) -> str:
 async def read_body(request: Request, model: type[Body]) -> tuple[Body, dict[str, str]]:
     """The request's body, and the response headers that tell what of it was ignored."""
     config = runtime_of(request).config
-    body = validate(model, await read_object(request, config.max_body_bytes))
-    return body, ignored_headers(body, strict=config.strict)
+
+    def make(value: dict[str, object]) -> tuple[Body, dict[str, str]]:
+        body = validate(model, value)
+        return body, ignored_headers(body, strict=config.strict)
+
+    return await read_as(request, config.max_body_bytes, make)
 
 
 def ignored_headers(body: BaseModel, *, strict: bool) -> dict[str, str]:
@@ -57,8 +62,10 @@ def ignored_headers(body: BaseModel, *, strict: bool) -> dict[str, str]:
 
 
 def served_model(runtime: Runtime, name: str | None = None) -> ServedModel:
-    """The model, if it is there and is called `name`. Raises ModelLoadingError, EngineUnavailableError,
-    ModelNotFoundError."""
+    """The model, if it is there and is called `name`. Raises ShuttingDownError, ModelLoadingError,
+    EngineUnavailableError, ModelNotFoundError."""
+    if not runtime.takes_requests:
+        raise ShuttingDownError("The server is shutting down and takes no more requests.")
     if runtime.phase is Phase.FAILED:
         raise EngineUnavailableError
     if runtime.model is None:

@@ -20,9 +20,7 @@ from server.frontend.served_model import ServedModel
 from server.frontend.tool_forms import ToolForm
 from server.frontend.tool_plan import NO_TOOLS, ToolPlan
 from server.grammar_library import MAX_GRAMMAR_CHARS
-
-MAX_TOOLS = 128
-"""OpenAI's limit. Names may be as long as Anthropic's."""
+from server.limits import MAX_TOOLS
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 

@@ -32,9 +32,11 @@ from server.errors import (
     EngineUnavailableError,
     GenerationError,
     GenerationLostError,
+    ShuttingDownError,
 )
 from server.frontend.admission import Permit
 from server.frontend.client import (
+    AbandonedError,
     CrashingSequenceError,
     EngineClient,
     EngineDeadError,
@@ -47,6 +49,9 @@ from server.metrics import RequestMetrics
 from server.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+CHOICES_AT_ONCE = 32
+"""Begun, before others have their turn on the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +137,10 @@ class Generation:
         return state.sum_of_logprobs / max(state.num_generated, 1)
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
-        """What the choices gain, as it comes. Raises GenerationError, EngineUnavailableError, DeadlineError."""
+        """What the choices gain, as it comes.
+
+        Raises GenerationError, ContradictionError, EngineUnavailableError, ShuttingDownError, DeadlineError.
+        """
         try:
             source = self._choices[0].deltas() if len(self._choices) == 1 else self._merged()
             async with aclosing(source):
@@ -142,6 +150,8 @@ class Generation:
             raise CrashingRequestError from None
         except SequenceLostError:
             raise GenerationLostError from None
+        except AbandonedError:
+            raise ShuttingDownError("The server was shut down before the answer was complete.") from None
         except EngineDeadError:
             raise EngineUnavailableError from None
         except DeadlineError:
@@ -170,8 +180,12 @@ class Generation:
             except Exception as error:  # whatever it is, it is raised again where the request is read
                 await queue.put(error)
 
-        pumps = [asyncio.create_task(pump(choice)) for choice in self._choices]
+        pumps: list[asyncio.Task[None]] = []
         try:
+            for choice in self._choices:
+                pumps.append(asyncio.create_task(pump(choice)))
+                if len(pumps) % CHOICES_AT_ONCE == 0:
+                    await asyncio.sleep(0)
             num_running = len(pumps)
             while num_running:
                 item = await queue.get()

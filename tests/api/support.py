@@ -8,12 +8,11 @@ import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import uvicorn
 from fastapi import FastAPI
 
 from server.app import create_app
@@ -31,9 +30,10 @@ from server.engine.types import (
     StepStats,
     TokenLogprob,
 )
-from server.frontend.client import EngineDeadError, EngineLoss
+from server.frontend.client import AbandonedError, EngineDeadError, EngineLoss
 from server.frontend.mailbox import no_vocabulary
 from server.frontend.served_model import ServedModel
+from server.http_server import HttpServer
 from server.runtime import Phase, Runtime, end_token_ids
 from server.tokenizer import Tokenizer
 from tests.fixtures_tokenizers import make_tiny_tokenizer
@@ -87,6 +87,10 @@ class FakeEngineClient:
         self.running: set[str] = set()
         self.aborted: list[str] = []
         self.is_stopped = False
+        self._abandoned = asyncio.Event()
+
+    def abandon(self) -> None:
+        self._abandoned.set()
 
     async def start(self, config: EngineConfig) -> EngineInfo:
         raise NotImplementedError
@@ -115,7 +119,10 @@ class FakeEngineClient:
         scheduled_at = time.monotonic()
         pending: list[int] = []
         for number, token_id in enumerate(self._token_ids()):
-            await asyncio.sleep(script.delay)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(script.delay):
+                    await self._abandoned.wait()
+                    raise AbandonedError
             if number == script.error_after:
                 yield SequenceOutput(
                     request_id=request.request_id,
@@ -226,9 +233,15 @@ class LiveServer:
     """A server on a real socket, its event loop in a thread."""
 
     def __init__(
-        self, server: uvicorn.Server, runtime: ScriptedRuntime, client: FakeEngineClient, port: int
+        self,
+        server: HttpServer,
+        runtime: ScriptedRuntime,
+        client: FakeEngineClient,
+        port: int,
+        thread: threading.Thread,
     ) -> None:
-        self._server = server
+        self._thread = thread
+        self.http_server = server
         self.runtime = runtime
         self.engine = client
         self.port = port
@@ -269,8 +282,17 @@ class LiveServer:
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
 
     def end(self) -> None:
-        """Tell the server to end; it does when its last answer is complete."""
-        self._server.should_exit = True
+        """End the server, whatever runs."""
+        self.http_server.should_exit = True
+
+    def drain(self) -> None:
+        """What SIGTERM does, which cannot reach a server in a thread."""
+        self.http_server.end()
+        wait_until(lambda: self.runtime.is_draining)
+
+    def wait_end(self, seconds: float = 10.0) -> None:
+        self._thread.join(seconds)
+        assert not self._thread.is_alive()
 
     def assert_idle(self) -> None:
         """Soon nothing runs and no permit is held."""
@@ -306,21 +328,9 @@ def live_server(
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(runtime, store),
-                http="h11",
-                access_log=False,
-                log_level="critical",
-                timeout_graceful_shutdown=2,
-            )
-        )
-        live = LiveServer(server, runtime, engine, port)
-
-        def serve() -> None:
-            asyncio.run(server.serve(sockets=[listener]))
-
-        thread = threading.Thread(target=serve, daemon=True)
+        server = HttpServer(create_app(runtime, store), runtime)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+        live = LiveServer(server, runtime, engine, port, thread)
         thread.start()
         wait_until(lambda: server.started)
         try:
@@ -328,8 +338,7 @@ def live_server(
         finally:
             live.http.close()
             live.end()
-            thread.join(10)
-            assert not thread.is_alive()
+            live.wait_end()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -130,24 +130,25 @@ def test_a_body_over_the_limit_is_refused_without_its_length_and_the_rest_unread
 def test_a_length_that_lies_harms_nobody(server: LiveServer) -> None:
     with server.connect() as sock:
         sock.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b'Content-Length: 500\r\n\r\n{"prompt": "a"}'
         )
     with (
         server.connect() as sock
     ):  # what follows the given length is another request, and none that makes sense
         sock.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b'Content-Length: 5\r\n\r\n{"prompt": "a"}'
         )
         assert b" 400 " in sock.recv(4096).partition(b"\r\n")[0]
     assert server.complete().status_code == 200
 
 
+@pytest.mark.covers("R08", "H02")
 def test_a_body_that_does_not_come_is_given_up(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.body.BODY_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("server.api.body.BODY_SECONDS", 0.05)
     with server.connect() as sock:
-        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
         answer = http.client.HTTPResponse(sock)
         answer.begin()
         assert answer.status == 408
@@ -179,6 +180,7 @@ def test_another_method_is_a_405_that_names_the_right_one(server: LiveServer) ->
     assert_error(server.http.post("/v1/models"), 405)
 
 
+@pytest.mark.covers("H13")
 def test_options_get_no_cors_headers(server: LiveServer) -> None:
     response = server.http.options("/v1/models", headers={"origin": "https://evil.example"})
     assert response.status_code == 405
@@ -351,8 +353,10 @@ def test_without_keys_all_share_prefixes_but_for_the_request_s_salt(server: Live
 # --- connections -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("H12")
 def test_pipelined_requests_are_answered_in_order(server: LiveServer) -> None:
-    request = b"GET /v1/models/tiny HTTP/1.1\r\nHost: x\r\n\r\nGET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+    host = b"HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    request = b"GET /v1/models/tiny " + host + b"GET /version " + host
     with server.connect() as sock:
         sock.sendall(request)
         data = b""
@@ -371,10 +375,11 @@ def test_junk_harms_nobody(server: LiveServer, junk: bytes) -> None:
     assert server.complete().status_code == 200
 
 
+@pytest.mark.covers("H01")
 def test_headers_have_a_bound(server: LiveServer) -> None:
     with server.connect() as sock:
         sock.settimeout(10)
-        sock.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000)
+        sock.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000)
         assert sock.recv(4096).startswith(b"HTTP/1.1 400")
 
 
@@ -387,7 +392,7 @@ def test_the_body_of_a_request_that_offers_http_2_is_read(server: LiveServer) ->
 def test_a_client_that_leaves_within_its_body_harms_nobody(server: LiveServer) -> None:
     for _ in range(20):
         with server.connect() as sock:
-            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     series = 'gemma_http_requests_total{code="499",route="/v1/completions"}'
     wait_until(lambda: server.metric(series) >= 20)
 

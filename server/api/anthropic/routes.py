@@ -16,6 +16,7 @@ from server.api.anthropic.answers import (
 )
 from server.api.anthropic.conversation import conversation, tool_plan
 from server.api.anthropic.protocol import CountTokensRequest, MessagesRequest
+from server.api.body import off_loop
 from server.api.openapi import body_of
 from server.api.prompts import chat_token_ids
 from server.api.protocol import GenerationFields
@@ -37,7 +38,7 @@ async def create_message(request: Request) -> Response:
     runtime = runtime_of(request)
     body, headers = await read_body(request, MessagesRequest)
     model = served_model(runtime, body.model)
-    messages = conversation(body)
+    messages = await off_loop(request, lambda: conversation(body))
     tools, loose = await tool_plan(body, model, runtime.grammars)
     ignored_fields.add_to_header(headers, loose)
     fields = GenerationFields.model_construct(
@@ -65,5 +66,6 @@ async def count_tokens(request: Request) -> Response:
     runtime = runtime_of(request)
     model = served_model(runtime, body.model)
     tools, _ = await tool_plan(body, model, runtime.grammars)
-    ids = await chat_token_ids(conversation(body), model, tools=tools)
+    messages = await off_loop(request, lambda: conversation(body))
+    ids = await chat_token_ids(messages, model, tools=tools)
     return json_response(TokenCount(len(ids)), headers=headers)

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from server.api import ignored_fields
+from server.api.body import off_loop
 from server.api.openai_responses.answers import ResponseEvent, ResponseObject
 from server.api.openai_responses.conversation import (
     check_stateless,
@@ -44,7 +45,7 @@ async def create_response(request: Request) -> Response:
     body, headers = await read_body(request, ResponsesRequest)
     model = served_model(runtime, body.model)
     ignored_fields.add_to_header(headers, check_stateless(body))
-    messages = conversation(body)
+    messages = await off_loop(request, lambda: conversation(body))
     tools, loose = await plan_tools(
         declared_tools(body),
         body.tool_choice,
