@@ -254,7 +254,7 @@ class LiveServer:
 
     @property
     def app(self) -> FastAPI:
-        app = self._server.config.app
+        app = self.http_server.config.app
         assert isinstance(app, FastAPI)
         return app
 
