@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import yaml
 
@@ -108,7 +108,7 @@ def load_cases() -> list[Case]:
     """In the page's order. Raises TypeError for an unknown or missing key."""
     sections = yaml.safe_load(CASES_FILE.read_text(encoding="utf-8"))
     return [
-        Case(section=section["section"], **{key: str(value) for key, value in case.items()})
+        Case(section=section["section"], **cast(Any, {key: str(value) for key, value in case.items()}))
         for section in sections
         for case in section["cases"]
     ]
@@ -127,7 +127,7 @@ def marked_tests(path: Path) -> Iterator[MarkedTest]:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
         for mark in _marks(ast.walk(node.value))
     ]
-    believed = set()
+    believed: set[int] = set()
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
