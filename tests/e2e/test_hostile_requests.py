@@ -255,7 +255,7 @@ def test_no_value_of_any_field_makes_a_request_slow(alive: ServerProcess) -> Non
     assert memory(alive) - before < 100 * MB
 
 
-@pytest.mark.covers("R18", "R19")
+@pytest.mark.covers("R18")
 def test_one_token_less_than_the_context_gives_one_token(alive: ServerProcess) -> None:
     with alive.client() as client:
         last = client.post("/v1/completions", json={"prompt": [9] * (CONTEXT - 1), "ignore_eos": True})
