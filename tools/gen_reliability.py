@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import yaml
 
@@ -103,7 +103,11 @@ class MarkError(ValueError):
 def load_cases() -> list[Case]:
     """In the page's order. Raises TypeError for an unknown or missing key."""
     sections = yaml.safe_load(CASES_FILE.read_text(encoding="utf-8"))
-    return [_case(section["section"], case) for section in sections for case in section["cases"]]
+    return [
+        Case(section=section["section"], **cast(Any, {key: str(value) for key, value in case.items()}))
+        for section in sections
+        for case in section["cases"]
+    ]
 
 
 def load_tests() -> list[MarkedTest]:
@@ -186,11 +190,6 @@ def reliability_page() -> str:
             parts.append(f"\n## {section}\n\n{_TABLE_HEAD}")
         parts.append(_row(case, [test for test in tests if case.id in test.cases]))
     return "".join(parts)
-
-
-def _case(section: str, values: dict[str, Any]) -> Case:
-    texts: dict[str, Any] = {key: str(value) for key, value in values.items()}
-    return Case(section=section, **texts)
 
 
 def _marks(nodes: Any) -> Iterator[tuple[str, ast.expr]]:

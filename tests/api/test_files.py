@@ -60,6 +60,7 @@ def test_a_file_comes_back_as_it_was(server: LiveServer, content: bytes) -> None
     assert server.http.get(f"/v1/files/{file['id']}").json() == file
 
 
+@pytest.mark.covers("S05")
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
@@ -89,6 +90,7 @@ def test_no_name_leaves_the_directory(server: LiveServer, data: Path, name: str,
     assert {path.name for path in data.parent.iterdir()} == around
 
 
+@pytest.mark.covers("S05")
 @pytest.mark.parametrize(
     "file_id",
     [

@@ -246,15 +246,16 @@ def test_no_field_s_value_makes_a_request_slow(alive: ServerProcess) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.covers("S23")
 def test_no_value_of_any_field_makes_a_request_slow(alive: ServerProcess) -> None:
-    send_monsters(alive, every=1)
+    send_monsters(alive, every=5)
     before = memory(alive)
     send_monsters(alive, every=1)
     assert memory(alive) - before < 100 * MB
 
 
-@pytest.mark.covers("R18", "R19")
+@pytest.mark.covers("R18")
 def test_one_token_less_than_the_context_gives_one_token(alive: ServerProcess) -> None:
     with alive.client() as client:
         last = client.post("/v1/completions", json={"prompt": [9] * (CONTEXT - 1), "ignore_eos": True})

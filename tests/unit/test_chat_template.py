@@ -126,6 +126,7 @@ def test_a_conversation_may_begin_with_the_assistant(tiny_tokenizer: Tokenizer) 
     assert rendered(tiny_tokenizer, ("assistant", "a"), ("user", "b")) == model_turn("a") + user_turn("b")
 
 
+@pytest.mark.covers("R13")
 def test_notes_tell_what_was_folded_and_merged(tiny_tokenizer: Tokenizer) -> None:
     messages = [("system", "S"), ("user", "a"), ("user", "b"), ("assistant", "c"), ("developer", "D")]
     chat = render_chat([ChatMessage(role, text) for role, text in messages], tiny_tokenizer)
@@ -199,6 +200,7 @@ def test_an_id_means_the_latest_call_of_that_id(tiny_tokenizer: Tokenizer) -> No
     assert user_turn("Result of g:\ns") in text
 
 
+@pytest.mark.covers("R13")
 @pytest.mark.parametrize(
     "before",
     [[], [ChatMessage("user", "q")], [assistant_calls(("2", "f", "{}"))], [ChatMessage("assistant", "a")]],
