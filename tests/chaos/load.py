@@ -55,7 +55,7 @@ class Load:
                 with self._lock:
                     self.ends[end] += 1
                 if end == "503 engine_unavailable":
-                    time.sleep(0.1)  # as a client that was told to come back, if sooner than it was told
+                    time.sleep(1.0)  # sooner than it was told to come back
 
 
 def _whole(client: httpx.Client, body: dict[str, object]) -> str:

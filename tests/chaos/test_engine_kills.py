@@ -47,7 +47,7 @@ def attack(engine: psutil.Process, number: signal.Signals) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.covers("E01", "E03")
 def test_whatever_happens_to_the_engine_every_client_gets_an_end(
     tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]

@@ -111,3 +111,31 @@ def test_a_server_whose_log_cannot_be_written_keeps_serving(tiny_checkpoint: Pat
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.covers("E01")
+def test_a_batch_without_a_server_survives_the_end_of_its_engine(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    lines = [
+        {
+            "custom_id": str(number),
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"prompt": "ab", "max_tokens": 60, "seed": number, "ignore_eos": True},
+        }
+        for number in range(400)
+    ]
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, "-m", "server", "run-batch", str(source), str(output)]
+    command += ["--model", str(tiny_checkpoint), *OPTIONS, "--no-weight-cache"]
+    with subprocess.Popen(command) as process:
+        until(lambda: output.exists() and output.read_bytes().count(b"\n") > 20, 90)
+        (engine,) = (
+            child for child in psutil.Process(process.pid).children() if "server.engine.loop" in child.cmdline()
+        )
+        engine.kill()
+        assert process.wait(100) == 0
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    assert sorted(int(result["custom_id"]) for result in results) == list(range(400))
+    assert {result["response"]["body"]["usage"]["completion_tokens"] for result in results} == {60}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from server.batching import ScheduledBatch
 from server.engine.core import EngineCore
 from server.engine.faults import MAX_FAILED_STEPS
 from server.engine.grammar.compiler import GrammarCompiler
+from server.engine.model_runner import ModelRunner
 from server.engine.pacing import PrefillPacer
 from server.engine.sampling.types import SampledToken
 from server.engine.types import FinishReason, GenerateRequest, SequenceOutput
@@ -177,3 +180,30 @@ def test_the_beginning_of_each_sequence_is_told_once_and_before_the_step() -> No
     faulty.run()
     assert sorted(begun) == list("012345")
     assert any(output for output in faulty.outputs.values())
+
+
+def test_a_token_beyond_the_vocabulary_never_gets_into_a_sequence() -> None:
+    class Stray:
+        """A model and its sampler, which does not keep to the vocabulary."""
+
+        config = SimpleNamespace(vocab_size=7)
+        token_id = 6
+
+        def capture(self, kv: object, num_tokens: int) -> Callable[[object], list[int]]:
+            return lambda inputs: [0]
+
+        def compute_logits(self, hidden: object) -> object:
+            return hidden
+
+        def sample(self, logits: object, seqs: object, masks: object) -> list[SampledToken]:
+            return [SampledToken(self.token_id)]
+
+    stray = Stray()
+    kv: Any = SimpleNamespace(num_groups=1, block_size=4, by_layer=None)
+    runner = ModelRunner(stray, kv, stray, 16)  # type: ignore[arg-type]  # stand-ins
+    faulty = make_faulty()
+    core = EngineCore(faulty.engine.scheduler, PrefillPacer(100.0, 64), runner, GrammarCompiler())
+    core.add(make_request("a", [1, 2], 9))
+    assert core.step().outputs[0].token_ids == [6]
+    stray.token_id = 7
+    assert core.step().outputs[0].finish_reason is FinishReason.ERROR
