@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from server.config import ServerConfig, option_name, variable_name
+from tools.gen_limits import LIMITS_PAGE, limits_page
 from tools.gen_options import OPTIONS_PAGE, options_page
 
 ROOT = Path(__file__).parent.parent
@@ -150,6 +151,10 @@ def test_files_are_short(path: Path) -> None:
 
 def test_the_options_page_is_up_to_date() -> None:
     assert OPTIONS_PAGE.read_text(encoding="utf-8") == options_page(), "run `make docs`"
+
+
+def test_the_limits_page_is_up_to_date() -> None:
+    assert LIMITS_PAGE.read_text(encoding="utf-8") == limits_page(), "run `make docs`"
 
 
 @pytest.mark.parametrize("name", [*ServerConfig.model_fields, "config"])
