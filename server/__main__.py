@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -10,11 +9,12 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from server import __version__
+from server import __version__, logs
 from server.config import OptionError, ServerConfig, load_config
 
 if TYPE_CHECKING:
     from server.batches.store import Store
+    from server.tracing import RequestTracer
 
 EXIT_BAD_USAGE = 2
 """As argparse has it."""
@@ -50,17 +50,20 @@ def serve(arguments: Sequence[str]) -> int:
     try:
         config = load_config(arguments)
         policies = load_policies(config.moderation_policies)
+        tracer = None if config.otlp_traces_endpoint is None else _open_tracer(config.otlp_traces_endpoint)
         store = None if config.data_dir is None else _open_store(config)
     except OptionError as error:
         print(f"gemma-server: {error}", file=sys.stderr)
         return os.EX_CONFIG  # starting again with the same options would fail again
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    logs.configure(config.log_level, config.log_format, "front")
+    logs.ignore_stack_signal()
 
     # What takes long is imported where it is known to be wanted, so that `--help` and mistakes answer at once.
     # First the engine's process and the thread that reads the model, which run while the rest is imported.
     from server.frontend.process_client import ProcessClient
 
-    client = ProcessClient(config.log_level)
+    client = ProcessClient(config.log_level, config.log_format)
+    logs.dump_stacks_on_signal(pass_on=client.dump_stacks)
 
     from server.runtime import Runtime
 
@@ -73,12 +76,13 @@ def serve(arguments: Sequence[str]) -> int:
 
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(runtime, store, policies),
+            create_app(runtime, store, policies, tracer),
             host=config.host,
             port=config.port,
             # Bounds the headers, and takes the body of a request that offers to upgrade, as Java's client does;
             # httptools does neither.
             http="h11",
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
@@ -106,6 +110,12 @@ def _open_store(config: ServerConfig) -> Store:
 
     assert config.data_dir is not None
     return Store(config.data_dir, max_bytes=config.max_stored_bytes, max_files=config.max_stored_files)
+
+
+def _open_tracer(endpoint: str) -> RequestTracer:
+    from server.tracing import RequestTracer
+
+    return RequestTracer(endpoint)
 
 
 def version(arguments: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
@@ -12,6 +13,7 @@ from server.api import (
     batches,
     chat,
     completions,
+    debug,
     error_handlers,
     files,
     health,
@@ -32,6 +34,7 @@ from server.batches.store import Store
 from server.frontend.admission import Admission
 from server.moderation import BUILT_IN_POLICIES, Policy
 from server.runtime import Runtime
+from server.tracing import RequestTracer
 
 BATCH_ROUTERS = (chat.router, completions.router, openai_responses.router, moderations.router)
 """What the lines of a batch may ask for, too."""
@@ -43,15 +46,19 @@ OTHER_ROUTERS = (
     files.router,
     batches.router,
     health.router,
+    debug.router,
     prometheus.router,
 )
 
 
 def create_app(
-    runtime: Runtime, store: Store | None = None, policies: Sequence[Policy] = BUILT_IN_POLICIES
+    runtime: Runtime,
+    store: Store | None = None,
+    policies: Sequence[Policy] = BUILT_IN_POLICIES,
+    tracer: RequestTracer | None = None,
 ) -> FastAPI:
     """`policies` are those of moderations. Without a `store`, files and batches are off; it is closed with the
-    application."""
+    application, and so is the `tracer`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -66,6 +73,8 @@ def create_app(
                 await runner.stop()
                 await runner.store.close()
             await runtime.stop()
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="gemma-server",
@@ -76,6 +85,7 @@ def create_app(
     )
     app.state.runtime = runtime
     app.state.policies = policies
+    app.state.tracer = tracer
     app.state.admission = Admission(runtime.config.max_queued_requests)
     # The last one added is the outermost.
     app.add_middleware(ApiKeyMiddleware, api_keys=runtime.config.api_key)

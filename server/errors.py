@@ -17,6 +17,7 @@
     ├── GenerationError                 500  generation_failed
     ├── InternalError                   500  internal_error
     ├── FeatureOffError                 501  feature_off
+    ├── EngineSilentError               503  engine_silent
     ├── ModelLoadingError               503  model_loading
     ├── EngineUnavailableError          503  engine_unavailable
     └── StorageError                    507  storage_failed
@@ -209,6 +210,12 @@ class _UnavailableError(ApiError):
 
 class ModelLoadingError(_UnavailableError):
     default_code = "model_loading"
+
+
+class EngineSilentError(_UnavailableError):
+    """The engine lives, and does not answer: it is stopped, or in the middle of something long."""
+
+    default_code = "engine_silent"
 
 
 class EngineUnavailableError(_UnavailableError):

@@ -23,6 +23,7 @@ from server.api.responses import encode
 from server.batches.lines import Answer
 from server.errors import ApiError, InternalError
 from server.frontend.admission import Admission
+from server.request_scope import RequestScope, request_scope
 from server.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class RouteRequests:
     async def answer(self, url: str, body: bytes, owner: str) -> Answer:
         """The route's answer, which is no stream. `owner` is the key's id, as in a request's state."""
         request_id = uuid.uuid4().hex
+        token = request_scope.set(RequestScope(request_id))
         collector = _Collector()
         scope: Scope = {
             "type": "http",
@@ -88,6 +90,8 @@ class RouteRequests:
             logger.exception("request %s of a batch failed", request_id)
             error: ApiError = InternalError(request_id)
             return Answer(error.status, encode(error.body()), request_id)
+        finally:
+            request_scope.reset(token)
         return Answer(
             collector.status,
             bytes(collector.body),

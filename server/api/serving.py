@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from functools import partial
 from typing import TypeVar
 
 from msgspec import UNSET, UnsetType
@@ -20,7 +21,9 @@ from server.errors import EngineUnavailableError, ModelLoadingError, ModelNotFou
 from server.frontend.admission import Admission
 from server.frontend.generation import ChoiceRequest, Generation
 from server.frontend.served_model import ServedModel
+from server.request_scope import request_scope
 from server.runtime import Phase, Runtime
+from server.tracing import RequestTracer
 
 Body = TypeVar("Body", bound=BaseModel)
 Result = TypeVar("Result")
@@ -75,6 +78,7 @@ def admit(
     """Room for `choices`, which `body` asks for, or QueueFullError."""
     runtime = runtime_of(request)
     permit = admission_of(request).acquire(len(choices))
+    tracer: RequestTracer | None = request.app.state.tracer
     return Generation(
         choices,
         client=runtime.client,
@@ -84,6 +88,8 @@ def admit(
         arrival=request.state.arrival,
         cache_salt=_cache_salt(owner_of(request), body.cache_salt or ""),
         priority=max(body.priority or 0, _least_priority(request)),
+        client_request_id=request.state.request_id,
+        on_end=None if tracer is None else partial(tracer.record, model.names[0], request_scope.get()),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from server.batching import NeverFitsError, ScheduledBatch, Scheduler
 from server.engine.grammar.compiler import GrammarCompiler
+from server.engine.inspection import StepLog, snapshot_of
 from server.engine.pacing import PrefillPacer
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence
@@ -24,6 +25,7 @@ from server.engine.types import (
     FinishReason,
     GenerateRequest,
     SequenceOutput,
+    Snapshot,
     StepOutput,
     StepStats,
     Vocabulary,
@@ -58,13 +60,16 @@ class EngineCore:
         self._clock = clock
         self._terminal: list[SequenceOutput] = []
         """Ends that came about between steps; they leave with the next output."""
+        self._steps = StepLog()
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """What grammars are matched against; once, before the first of them."""
         self._grammars.set_vocabulary(vocabulary)
 
     def add(self, request: GenerateRequest) -> None:
-        self._add(Sequence.from_request(request))
+        seq = Sequence.from_request(request)
+        seq.arrived_at = self._clock()
+        self._add(seq)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -89,6 +94,7 @@ class EngineCore:
                 seq.request_id,
                 seq.num_tokens,
                 seq.num_preemptions,
+                extra={"fields": {"request_id": seq.request.client_request_id}},
             )
         sampled = self._runner.execute(batch) if batch.sequences else []
         outputs = self._scheduler.update(batch, sampled)
@@ -96,8 +102,15 @@ class EngineCore:
         num_streams = sum(scheduled.num_new - len(scheduled.draft) == 1 for scheduled in batch.sequences)
         num_prefill_tokens = batch.num_tokens - batch.num_draft_tokens - num_streams
         self._pacer.record(num_streams, num_prefill_tokens, finished - started)
+        self._steps.add(started, finished)
         outputs, self._terminal = self._terminal + outputs, []
         return StepOutput(outputs=outputs, stats=self._stats(batch, finished - started))
+
+    def snapshot(self, number: int, max_waiting: int) -> Snapshot:
+        """See `server.engine.types.Inspect`. Between two steps."""
+        return snapshot_of(
+            number, max_waiting, self._scheduler, list(self._compiling.values()), self._steps, self._clock()
+        )
 
     def _add(self, seq: Sequence) -> None:
         """Queue a sequence that is ready, or have it wait for its grammar."""
@@ -112,8 +125,9 @@ class EngineCore:
                 seq.compiled_grammar = answer
             self._scheduler.add(seq)
         except (NeverFitsError, GrammarError) as error:
+            reason = str(error) if isinstance(error, NeverFitsError) else "its grammar does not compile"
             self._terminal.append(
-                SequenceOutput(request_id=seq.request_id, finish_reason=FinishReason.ERROR, error=str(error))
+                SequenceOutput(request_id=seq.request_id, finish_reason=FinishReason.ERROR, error=reason)
             )
 
     def _stats(self, batch: ScheduledBatch, seconds: float) -> StepStats:

@@ -21,11 +21,23 @@ from collections.abc import Callable
 
 import msgspec
 
+from server import logs
 from server.engine import transport
 from server.engine.core import EngineCore
-from server.engine.types import Abort, Failed, FromEngine, Loading, Ready, Start, Submit, ToEngine, Vocabulary
+from server.engine.types import (
+    Abort,
+    Failed,
+    FromEngine,
+    Inspect,
+    Loading,
+    Ready,
+    Start,
+    Submit,
+    ToEngine,
+    Vocabulary,
+)
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("server.engine.loop")  # whose name is __main__ in the child
 
 
 class Wake:
@@ -70,11 +82,11 @@ def _run(core: EngineCore, inbox: Inbox, send: Callable[[FromEngine], None]) -> 
             message = inbox.get()
             if message is None:
                 return
-            _handle(core, message)
+            _handle(core, message, send)
         send(core.step())
 
 
-def _handle(core: EngineCore, message: ToEngine | Wake) -> None:
+def _handle(core: EngineCore, message: ToEngine | Wake, send: Callable[[FromEngine], None]) -> None:
     match message:
         case Vocabulary():
             core.set_vocabulary(message)
@@ -82,6 +94,8 @@ def _handle(core: EngineCore, message: ToEngine | Wake) -> None:
             core.add(request)
         case Abort(request_ids):
             core.abort(request_ids)
+        case Inspect(number, max_waiting):
+            send(core.snapshot(number, max_waiting))
         case Wake():
             pass  # it did what it is for
         case Start():
@@ -92,10 +106,10 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-format", default="text")
     arguments = parser.parse_args()
-    logging.basicConfig(
-        level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s"
-    )
+    logs.configure(arguments.log_level, arguments.log_format, "engine")
+    logs.dump_stacks_on_signal()
     _die_with_parent()
     # Ctrl-C reaches the whole process group; the front decides when the engine ends, by closing the socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -11,6 +11,7 @@ from server.engine.types import (
     GenerateRequest,
     Loading,
     SequenceOutput,
+    Snapshot,
     StepStats,
     Vocabulary,
 )
@@ -41,6 +42,14 @@ class EngineClient(Protocol):
         Outputs that arrive faster than they are read are merged into one. Closing the generator, or
         cancelling whoever reads it, aborts the sequence. Raises EngineDeadError.
         """
+
+    async def inspect(self, max_waiting: int) -> Snapshot:
+        """The engine's state, with up to `max_waiting` of the waiting sequences. It answers between two steps,
+        and not at all while it is stopped, or before it is loaded. Raises EngineDeadError."""
+
+    @property
+    def pid(self) -> int:
+        """The engine's process."""
 
     async def stop(self) -> None:
         """End the engine; idempotent. Sequences that still run raise EngineDeadError."""

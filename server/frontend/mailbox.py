@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Callable
 
 import msgspec
@@ -21,9 +22,11 @@ from server.engine.types import (
     Failed,
     FromEngine,
     GenerateRequest,
+    Inspect,
     Loading,
     Ready,
     SequenceOutput,
+    Snapshot,
     StepOutput,
     StepStats,
     Submit,
@@ -90,6 +93,8 @@ class MailboxClient(abc.ABC):
         self.make_vocabulary: Callable[[], Vocabulary] = no_vocabulary
         self._sending_vocabulary: asyncio.Task[None] | None = None
         self._mailboxes: dict[str, _Mailbox] = {}
+        self._inspections: dict[int, asyncio.Future[Snapshot]] = {}
+        self._numbers = itertools.count()
         self._started: asyncio.Future[EngineInfo] | None = None
         self._dead: str | None = None
         self._stopping = False
@@ -118,6 +123,17 @@ class MailboxClient(abc.ABC):
             if not finished and self._dead is None:
                 self._send(Abort([request.request_id]))
 
+    async def inspect(self, max_waiting: int) -> Snapshot:
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
+        number = next(self._numbers)
+        answer = self._inspections[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(Inspect(number, max_waiting))
+            return await answer
+        finally:
+            del self._inspections[number]
+
     async def _send_vocabulary(self) -> None:
         self._send(await asyncio.to_thread(self.make_vocabulary))
 
@@ -129,6 +145,10 @@ class MailboxClient(abc.ABC):
                     if mailbox is not None:
                         mailbox.put(output)
                 self.on_step(stats)
+            case Snapshot():
+                answer = self._inspections.get(message.number)
+                if answer is not None and not answer.done():
+                    answer.set_result(message)
             case Loading():
                 self.on_loading(message)
             case Ready(info):
@@ -143,6 +163,9 @@ class MailboxClient(abc.ABC):
         self._dead = reason
         for mailbox in self._mailboxes.values():
             mailbox.fail(reason)
+        for answer in self._inspections.values():
+            if not answer.done():
+                answer.set_exception(EngineDeadError(reason))
         if self._started is not None and not self._started.done():
             self._started.set_exception(EngineDeadError(reason))
         elif not self._stopping:

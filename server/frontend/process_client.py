@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -23,13 +24,13 @@ STOP_SECONDS = 5.0
 
 
 class ProcessClient(MailboxClient):
-    def __init__(self, log_level: str = "info") -> None:
+    def __init__(self, log_level: str = "info", log_format: str = "text") -> None:
         """Starts the process, which imports what it needs while its owner finds out what to serve."""
         super().__init__()
         self._connection, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "server.engine.loop"]
-            command += ["--fd", str(theirs.fileno()), "--log-level", log_level]
+            command += ["--fd", str(theirs.fileno()), "--log-level", log_level, "--log-format", log_format]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         self._writer: asyncio.StreamWriter | None = None
         self._receiving: asyncio.Task[None] | None = None
@@ -40,6 +41,14 @@ class ProcessClient(MailboxClient):
         self._receiving = asyncio.create_task(self._receive(reader))
         self._send(Start(config))
         return await self._started
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def dump_stacks(self) -> None:
+        """Have the engine print the stacks of its threads."""
+        self._process.send_signal(signal.SIGUSR1)
 
     async def stop(self) -> None:
         self._stopping = True
