@@ -169,8 +169,8 @@ class ServerConfig(BaseModel):
     )
     log_format: Literal["text", "json"] = Field(
         "text",
-        description="Lines for people, or a JSON object in each line, with the names that Google's Cloud Logging "
-        "knows: time, severity, message, httpRequest, the request's id and its trace.",
+        description="text: lines for people; json: an object in each line, with the names that Google's Cloud "
+        "Logging knows: time, severity, message, httpRequest, the request's id and its trace.",
     )
     disable_access_log: bool = Field(False, description="Do not log a line for each request.")
     otlp_traces_endpoint: str | None = Field(

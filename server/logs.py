@@ -32,7 +32,14 @@ Process = Literal["front", "engine"]
 logger = logging.getLogger(__name__)
 
 _DEEPEST_CHAIN = 20
-_UNPRINTABLE = [*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_UNPRINTABLE = [
+    *range(0x20),
+    *range(0x7F, 0xA0),
+    0x2028,
+    0x2029,
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+]
 """C0 and C1, and what Unicode has to break lines and to turn the direction of writing."""
 _ESCAPES = {code: ascii(chr(code))[1:-1] for code in _UNPRINTABLE}
 
@@ -82,7 +89,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """The names are those of Cloud Logging's LogEntry where it has one, and a record's `fields`, if it has any."""
+    """Fields have the names of Cloud Logging's LogEntry where it has one; a record's `fields` are added."""
 
     def __init__(self, process: Process) -> None:
         super().__init__()
@@ -141,9 +148,7 @@ def _without_words(error: BaseException, deepest: int) -> Iterator[str]:
             yield from _without_words(part, deepest - 1)
 
 
-def _log_uncaught(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         return
     # No request is answered by the main thread outside its event loop, which lets none of their errors out.

@@ -9,6 +9,7 @@ Laws:
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -86,7 +87,9 @@ class RequestTracer:
 
     def close(self) -> None:
         """Deliver what is left, in EXPORT_SECONDS or not at all. Blocks."""
-        self._provider.shutdown()
+        ending = threading.Thread(target=self._provider.shutdown, daemon=True)  # which alone takes longer
+        ending.start()
+        ending.join(EXPORT_SECONDS)
 
     def _client_context(self, scope: RequestScope | None) -> Context | None:
         parent = scope.trace_parent if scope is not None else None

@@ -85,7 +85,6 @@ def _log_access(scope: Scope, status: int, seconds: float) -> None:
         "requestUrl": path,
         "status": status,
         "latency": f"{seconds:.4f}s",
-        "protocol": f"HTTP/{scope['http_version']}",
     }
     access_logger.info(
         "%s %s %d %.1f ms %s",

@@ -28,7 +28,12 @@ class StepLog:
 
 
 def snapshot_of(
-    number: int, max_waiting: int, scheduler: Scheduler, compiling: Iterable[Sequence], steps: StepLog, now: float
+    number: int,
+    max_waiting: int,
+    scheduler: Scheduler,
+    compiling: Iterable[Sequence],
+    steps: StepLog,
+    now: float,
 ) -> Snapshot:
     """`compiling`: sequences whose grammar is not there yet. `now`: seconds of the engine's clock."""
     live = scheduler.sequences

@@ -223,7 +223,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     scheduled_at: float = 0.0
     """`time.monotonic()` seconds at which the sequence first joined a batch; 0 before."""
     error: str | None = None
-    """Why the engine gave up, under FinishReason.ERROR; for the log, so that it quotes nothing of the request."""
+    """Why the engine gave up, under FinishReason.ERROR: for the log, so it quotes nothing of the request."""
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):

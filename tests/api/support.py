@@ -252,7 +252,9 @@ class LiveServer:
         self.engine = client
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx.Client(base_url=self.url, timeout=20, event_hooks={"response": [check_reveals_nothing]})
+        self.http = httpx.Client(
+            base_url=self.url, timeout=20, event_hooks={"response": [check_reveals_nothing]}
+        )
 
     @property
     def script(self) -> Script:
@@ -356,7 +358,7 @@ def check_reveals_nothing(response: httpx.Response) -> None:
 
 
 INSIDES = re.compile(
-    r"Traceback|, line \d|\.py\b|site-packages|0x[0-9a-f]{6}|object at|<class|<function|tensor\(|torch\.|"
+    r"Traceback|, line \d|\.py\b|site-packages|0x[0-9a-f]{6}|object at 0x|<class|<function|tensor\(|torch\.|"
     r"dtype\(|server\.(?:api|engine|frontend)|pydantic|msgspec|starlette|llguidance|errno|\bErrno\b|\b\w+Exception\b|"
     r"\b(?:Value|Type|Key|Index|Attribute|Runtime|Assertion|ZeroDivision|OS|Unicode\w+)Error\b|"
     r"/(?:usr|home|root|tmp|opt|var|proc|etc|lib|mnt|srv)/|/secret"

@@ -191,7 +191,12 @@ async def test_ten_thousand_strangers_add_no_series() -> None:
 
     async def one_of_each(client: httpx.AsyncClient) -> None:
         headers = {"x-request-id": anything(), "user-agent": anything(), "traceparent": anything()}
-        body = {"prompt": "ab", "user": anything(), "metadata": {anything(): anything()}, anything(): anything()}
+        body = {
+            "prompt": "ab",
+            "user": anything(),
+            "metadata": {anything(): anything()},
+            anything(): anything(),
+        }
         await client.get(f"/{anything()}/{anything()}?{anything()}={anything()}", headers=headers)
         await client.get(f"/v1/models/{anything()}", headers=headers)
         await client.post("/v1/completions", json={**body, "model": anything()}, headers=headers)
@@ -234,7 +239,9 @@ def test_what_each_process_takes_is_told(server: LiveServer, monkeypatch: pytest
         assert server.metric(f"process_{name}") > 0
         assert server.metric(f"gemma_engine_process_{name}") > 0
     monkeypatch.setattr(server.engine, "pid", os.getppid())
-    assert server.metric("gemma_engine_process_start_time_seconds") <= server.metric("process_start_time_seconds")
+    assert server.metric("gemma_engine_process_start_time_seconds") <= server.metric(
+        "process_start_time_seconds"
+    )
     monkeypatch.setattr(server.engine, "pid", 1 << 30)  # one that has ended
     assert "gemma_engine_process" not in server.http.get("/metrics").text
 
@@ -250,14 +257,14 @@ vllm:request_generation_tokens vllm:request_params_max_tokens vllm:iteration_tok
 gemma_http_requests_total gemma_requests_rejected_total gemma_requests_aborted_total gemma_model_loaded
 gemma_model_load_seconds gemma_engine_step_seconds gemma_client_disconnects_total gemma_sse_open_streams
 gemma_build_info process_start_time_seconds process_resident_memory_bytes process_open_fds
-""".split()
+"""
 """What dashboards, autoscalers, gateways and alerts ask for."""
 
 
 def test_the_names_that_others_ask_for_are_there(server: LiveServer) -> None:
     server.complete()
     families = set(re.findall(r"^# TYPE (\S+) ", server.http.get("/metrics").text, re.MULTILINE))
-    assert set(WANTED) <= families
+    assert set(WANTED.split()) <= families
 
 
 def test_build_and_load_are_told(server: LiveServer) -> None:

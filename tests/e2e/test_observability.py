@@ -28,7 +28,9 @@ class Piped:
     def __init__(self, model: Path) -> None:
         command = [sys.executable, "-m", "server", "serve", "--model", str(model), "--port", "0", *OPTIONS]
         environment = {"GEMMA_SERVER_WEIGHT_CACHE": "false", "GEMMA_SERVER_API_KEY": "KEYCANARY"} | os.environ
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment
+        )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._closing = threading.Event()

@@ -139,11 +139,12 @@ async def test_a_stopped_engine_tells_nothing_until_it_goes_on(tiny_checkpoint: 
         await asyncio.wait_for(client.inspect(1), 0.2)
     os.kill(client.pid, signal.SIGCONT)
     await asyncio.wait_for(client.inspect(1), 10)
+    os.kill(client.pid, signal.SIGSTOP)
     waiting = asyncio.create_task(client.inspect(1))
+    await asyncio.sleep(0.01)
     os.kill(client.pid, signal.SIGKILL)
     with pytest.raises(EngineDeadError):
         await waiting
-        await client.inspect(1)
     with pytest.raises(EngineDeadError):
         await client.inspect(1)
     await client.stop()

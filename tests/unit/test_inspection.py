@@ -85,6 +85,7 @@ def test_one_that_was_preempted_waits_and_says_how_often() -> None:
     core = make_core(make_engine(num_blocks=(8,), max_num_batched_tokens=32, enable_prefix_caching=False))
     for request_id in ("first", "second"):
         core.add(make_request(request_id, range(10), max_tokens=14))
+    core.step()
     while not (waiting := core.snapshot(0, 10).waiting):
         core.step()
     assert (waiting[0].status, waiting[0].num_preemptions, waiting[0].num_computed_tokens) == ("waiting", 1, 0)

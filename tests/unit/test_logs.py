@@ -8,7 +8,6 @@ import logging
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 from server import logs
 from server.request_scope import RequestScope, TraceParent, request_scope, trace_parent
 
+WORDS = "CANARY"
 HOSTILE = "a\nERROR forged\r\x1b[31mred\x00\x85\u2028\u202eb"
 
 
@@ -100,7 +100,7 @@ def test_a_json_line_names_its_request_and_the_client_s_trace(
 def test_an_exception_is_one_field_of_a_json_line() -> None:
     written = Written(logs.JsonFormatter("front"))
     try:
-        fail_with("CANARY")
+        fail_with(WORDS)
     except RuntimeError:
         written.logger.exception("failed")
     stack = written.entry()["stack_trace"]
@@ -118,10 +118,10 @@ def test_the_front_s_tracebacks_have_places_and_types_and_no_words(
 ) -> None:
     written = Written(formatter("front"))
     try:
-        fail_with("CANARY")
+        fail_with(WORDS)
     except RuntimeError:
         written.logger.exception("failed")
-    assert "CANARY" not in written.text
+    assert WORDS not in written.text
     for kind in ("KeyError", "ExceptionGroup", "ValueError", "RuntimeError"):
         assert f"builtins.{kind}" in written.text
     assert "in fail_with" in written.text
@@ -207,7 +207,11 @@ print("still here")
         done = run(code, stdout=subprocess.PIPE, stderr=full)
     assert done.stdout == "still here\n"
     process = subprocess.Popen(
-        [sys.executable, "-c", f"import sys; sys.stdin.read()\nimport logging\nfrom server import logs\n{code}"],
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.stdin.read()\nimport logging\nfrom server import logs\n{code}",
+        ],
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
