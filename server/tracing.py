@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from opentelemetry.util.types import AttributeValue
 
 SERVICE_NAME = "gemma-server"
+ENDING_THREAD = "traces-end"
 EXPORT_SECONDS = 5.0
 """For one delivery to the collector, retries included."""
 
@@ -87,7 +88,8 @@ class RequestTracer:
 
     def close(self) -> None:
         """Deliver what is left, in EXPORT_SECONDS or not at all. Blocks."""
-        ending = threading.Thread(target=self._provider.shutdown, daemon=True)  # which alone takes longer
+        # Which alone may take half a minute.
+        ending = threading.Thread(target=self._provider.shutdown, name=ENDING_THREAD, daemon=True)
         ending.start()
         ending.join(EXPORT_SECONDS)
 

@@ -75,7 +75,8 @@ def test_it_counts_what_is_in_flight(server: LiveServer) -> None:
     server.script.delay, server.script.ends_with_stop = 0.05, False
     body = {"prompt": "ab", "n": 3, "max_tokens": 50, "stream": True}
     with server.http.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # which, once forgotten, would close the stream
+        next(lines)
         front = state(server)["front"]
         assert (front["admitted_sequences"], front["open_streams"]) == (3, 1)
     server.assert_idle()

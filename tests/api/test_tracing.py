@@ -31,6 +31,7 @@ class Collector:
         self.spans: list[Span] = []
         self.resource: dict[str, object] = {}
         self.bodies: list[bytes] = []
+        self.paths: list[str] = []
         collector = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -47,7 +48,9 @@ class Collector:
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def take(self, path: str, body: bytes) -> None:
-        assert path == "/v1/traces"
+        self.paths.append(path)
+        if path != "/v1/traces":
+            return
         self.bodies.append(body)
         request = ExportTraceServiceRequest.FromString(body)
         for group in request.resource_spans:
@@ -79,6 +82,13 @@ def attributes(span: Span) -> dict[str, Any]:
 
 def seconds(span: Span) -> float:
     return (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_stays() -> Iterator[None]:
+    yield
+    names = ("OtelBatchSpanRecordProcessor", tracing.ENDING_THREAD)
+    wait_until(lambda: not any(thread.name in names for thread in threading.enumerate()))
 
 
 @pytest.fixture
@@ -200,6 +210,17 @@ def test_a_span_holds_no_text(collector: Collector) -> None:
         server.chat("CANARY", response_format={"type": "json_schema", "json_schema": {"name": "CANARY"}})
     assert len(collector.spans) >= 4
     assert not any(b"CANARY" in body for body in collector.bodies)
+
+
+@pytest.mark.covers("S14")
+def test_the_environment_alone_has_nothing_sent(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The web framework would follow it, and send the words of exceptions along.
+    monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url.removesuffix("/v1/traces"))
+    with live_server() as server:
+        server.script.crash_after = 0
+        assert server.complete().status_code == 500
+    assert collector.paths == []
 
 
 def test_a_collector_that_is_not_there_disturbs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
