@@ -82,8 +82,8 @@ def create_app(
         description="OpenAI's API for Google's Gemma models.",
         lifespan=lifespan,
         redirect_slashes=False,
-        # FastAPI's own, which would send exceptions with their words, and so with clients', to whatever collector
-        # the environment names.
+        # FastAPI's own, which would send exceptions with their words, and so with clients', to whatever
+        # collector the environment names.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.runtime = runtime

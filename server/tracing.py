@@ -104,7 +104,8 @@ class RequestTracer:
             is_remote=True,
             trace_flags=trace.TraceFlags(trace.TraceFlags.SAMPLED if parent.is_sampled else 0),
         )
-        return trace.set_span_in_context(trace.NonRecordingSpan(span_context))
+        context: Context = trace.set_span_in_context(trace.NonRecordingSpan(span_context))
+        return context
 
 
 def _attributes(model: str, request: RequestRecord) -> dict[str, AttributeValue]:

@@ -127,7 +127,8 @@ class MailboxClient(abc.ABC):
         if self._dead is not None:
             raise EngineDeadError(self._dead)
         number = next(self._numbers)
-        answer = self._inspections[number] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
+        self._inspections[number] = answer
         try:
             self._send(Inspect(number, max_waiting))
             return await answer
@@ -146,9 +147,9 @@ class MailboxClient(abc.ABC):
                         mailbox.put(output)
                 self.on_step(stats)
             case Snapshot():
-                answer = self._inspections.get(message.number)
-                if answer is not None and not answer.done():
-                    answer.set_result(message)
+                inspection = self._inspections.get(message.number)
+                if inspection is not None and not inspection.done():
+                    inspection.set_result(message)
             case Loading():
                 self.on_loading(message)
             case Ready(info):
@@ -163,9 +164,9 @@ class MailboxClient(abc.ABC):
         self._dead = reason
         for mailbox in self._mailboxes.values():
             mailbox.fail(reason)
-        for answer in self._inspections.values():
-            if not answer.done():
-                answer.set_exception(EngineDeadError(reason))
+        for inspection in self._inspections.values():
+            if not inspection.done():
+                inspection.set_exception(EngineDeadError(reason))
         if self._started is not None and not self._started.done():
             self._started.set_exception(EngineDeadError(reason))
         elif not self._stopping:

@@ -25,7 +25,7 @@ from tests.api.support import INSIDES, LiveServer, Script, check_reveals_nothing
         "invalid: tensor([1, 2])",
         "torch.OutOfMemoryError",
         "KeyError: 'x'",
-        "cannot open /home/me/model/config.json",
+        "cannot open /usr/share/model/config.json",
         "[Errno 28] No space left on device",
         "<class 'int'>",
         "https://errors.pydantic.dev/2/v/int_type",

@@ -156,7 +156,7 @@ def test_readiness_does_not_flap_under_full_load(tiny_checkpoint: Path) -> None:
             client.start()
         try:
             with server.client() as probe:
-                deadline = time.monotonic() + 90
+                deadline = time.monotonic() + 60
                 slowest = 0.0
                 while time.monotonic() < deadline:
                     started = time.monotonic()
