@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -11,11 +10,12 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from server import __version__
+from server import __version__, logs
 from server.config import OptionError, ServerConfig, load_config
 
 if TYPE_CHECKING:
     from server.batches.store import Store
+    from server.tracing import RequestTracer
 
 EXIT_BAD_USAGE = 2
 """As argparse has it."""
@@ -54,18 +54,21 @@ def serve(arguments: Sequence[str]) -> int:
         keys = KeyRing(config)
         check_exposure(config, keys)
         policies = load_policies(config.moderation_policies)
+        tracer = None if config.otlp_traces_endpoint is None else _open_tracer(config.otlp_traces_endpoint)
         store = None if config.data_dir is None else _open_store(config)
     except OptionError as error:
         print(f"gemma-server: {error}", file=sys.stderr)
         return os.EX_CONFIG  # starting again with the same options would fail again
     _on_signals(lambda number: sys.exit(0))  # an end that was asked for is no failure
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    logs.configure(config.log_level, config.log_format, "front")
+    logs.ignore_stack_signal()
 
     # What takes long is imported where it is known to be wanted, so that `--help` and mistakes answer at once.
     # First the engine's process and the thread that reads the model, which run while the rest is imported.
     from server.frontend.process_client import ProcessClient
 
     client = ProcessClient(config)
+    logs.dump_stacks_on_signal(pass_on=client.dump_stacks)
 
     from server.runtime import Runtime
 
@@ -75,7 +78,8 @@ def serve(arguments: Sequence[str]) -> int:
     from server.app import create_app
     from server.http_server import HttpServer
 
-    server = HttpServer(create_app(runtime, store, policies, keys), runtime)
+    app = create_app(runtime, store, policies, keys=keys, tracer=tracer)
+    server = HttpServer(app, runtime)
 
     def end() -> None:
         server.should_exit = True
@@ -102,6 +106,12 @@ def _open_store(config: ServerConfig) -> Store:
 
     assert config.data_dir is not None
     return Store(config.data_dir, max_bytes=config.max_stored_bytes, max_files=config.max_stored_files)
+
+
+def _open_tracer(endpoint: str) -> RequestTracer:
+    from server.tracing import RequestTracer
+
+    return RequestTracer(endpoint)
 
 
 def version(arguments: Sequence[str]) -> int:

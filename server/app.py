@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
@@ -13,6 +14,7 @@ from server.api import (
     batches,
     chat,
     completions,
+    debug,
     error_handlers,
     files,
     health,
@@ -37,6 +39,7 @@ from server.frontend.admission import Admission
 from server.frontend.limits import Accounts
 from server.moderation import BUILT_IN_POLICIES, Policy
 from server.runtime import Runtime
+from server.tracing import RequestTracer
 
 BATCH_ROUTERS = (chat.router, completions.router, openai_responses.router, moderations.router)
 """What the lines of a batch may ask for, too."""
@@ -48,6 +51,7 @@ OTHER_ROUTERS = (
     files.router,
     batches.router,
     health.router,
+    debug.router,
     prometheus.router,
 )
 
@@ -56,10 +60,12 @@ def create_app(
     runtime: Runtime,
     store: Store | None = None,
     policies: Sequence[Policy] = BUILT_IN_POLICIES,
+    *,
     keys: KeyRing | None = None,
+    tracer: RequestTracer | None = None,
 ) -> FastAPI:
     """`policies` are those of moderations. Without a `store`, files and batches are off; it is closed with the
-    application. `keys` are those of the configuration if not given: raises OptionError."""
+    application, and so is the `tracer`. `keys` are the configuration's if not given: raises OptionError."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -74,6 +80,8 @@ def create_app(
                 await runner.stop()
                 await runner.store.close()
             await runtime.stop()
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="gemma-server",
@@ -81,9 +89,13 @@ def create_app(
         description="OpenAI's API for Google's Gemma models.",
         lifespan=lifespan,
         redirect_slashes=False,
+        # FastAPI's own, which would send exceptions with their words, and so with clients', to whatever
+        # collector the environment names.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.runtime = runtime
     app.state.policies = policies
+    app.state.tracer = tracer
     config = runtime.config
     app.state.keys = KeyRing(config) if keys is None else keys
     app.state.accounts = Accounts()

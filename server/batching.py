@@ -27,7 +27,7 @@ from server.engine.sampling.types import NOTHING_LEFT, SampledToken
 from server.engine.sequence import Sequence, SequenceStatus
 from server.engine.speculation import NgramSpeculator
 from server.engine.step_counts import StepCounts
-from server.engine.types import FinishReason, SequenceOutput
+from server.engine.types import FinishReason, PoolSnapshot, SequenceOutput
 
 SPARE_FOR_RUNNING = 0.01
 """Share of each pool that admissions leave free, lest the growth of what runs preempts them at once."""
@@ -165,6 +165,10 @@ class Scheduler:
     def kv_usage(self) -> dict[str, float]:
         """Share of each KV pool that live sequences hold, by name."""
         return self._kv.usage()
+
+    def kv_pools(self) -> dict[str, PoolSnapshot]:
+        """Blocks of each KV pool, by name."""
+        return self._kv.snapshot()
 
     def take_counts(self) -> StepCounts:
         counts, self._counts = self._counts, StepCounts()

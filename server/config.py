@@ -254,7 +254,18 @@ class ServerConfig(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severity to log."
     )
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="text: lines for people; json: an object in each line, with the names that Google's Cloud "
+        "Logging knows: time, severity, message, httpRequest, the request's id and its trace.",
+    )
     disable_access_log: bool = Field(False, description="Do not log a line for each request.")
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        pattern="^https?://.",
+        description="Where to send a trace of each request: the URL of an OpenTelemetry collector that takes "
+        "OTLP over HTTP, as http://localhost:4318/v1/traces. Needs the packages of the extra `otel`.",
+    )
 
 
 def load_config(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> ServerConfig:

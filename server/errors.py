@@ -23,6 +23,7 @@
     │   └── CrashingRequestError        500  engine_crashed
     ├── InternalError                   500  internal_error
     ├── FeatureOffError                 501  feature_off
+    ├── EngineSilentError               503  engine_silent
     ├── ModelLoadingError               503  model_loading
     ├── EngineUnavailableError          503  engine_unavailable
     │   └── GenerationLostError         503  engine_lost
@@ -282,6 +283,12 @@ class _UnavailableError(ApiError):
 
 class ModelLoadingError(_UnavailableError):
     default_code = "model_loading"
+
+
+class EngineSilentError(_UnavailableError):
+    """The engine lives, and does not answer: it is stopped, or in the middle of something long."""
+
+    default_code = "engine_silent"
 
 
 class EngineUnavailableError(_UnavailableError):

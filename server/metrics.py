@@ -9,6 +9,8 @@ Laws:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -42,6 +44,7 @@ STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.
 RESTART_BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
 
 LABELS = ("model_name", "engine")
+ABORT_STAGES = ("before_first_token", "after_first_token")
 
 REQUEST_HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "time_to_first_token_seconds": ("From arrival to the first token.", TIME_TO_FIRST_TOKEN_BUCKETS),
@@ -69,11 +72,13 @@ class Metrics:
     The series of a model exist from `set_model` on: before, nobody knows the name that labels them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, engine_pid: Callable[[], int]) -> None:
+        """`engine_pid`: the process that runs the model; asked at each scrape."""
         # A process-wide switch of the library: `_created` series would double the page for nobody.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
+        ProcessCollector("gemma_engine", engine_pid, registry=self.registry)
         self.http = HttpMetrics(self.registry)
         self.batches = BatchMetrics(self.registry)
         self.supervision = SupervisionMetrics(self.registry)
@@ -200,6 +205,13 @@ class RequestMetrics:
             registry=registry,
         )
         self._ended = {reason: ended.labels(model_name, "0", reason.value) for reason in FinishReason}
+        aborted = Counter(
+            "gemma_requests_aborted",
+            "Sequences whose client left, or that a deadline ended: those that got no token yet, and others.",
+            ("stage",),
+            registry=registry,
+        )
+        self._aborted = {stage: aborted.labels(stage) for stage in ABORT_STAGES}
         self._histograms = {
             name: Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=registry).labels(
                 model_name, "0"
@@ -213,6 +225,9 @@ class RequestMetrics:
 
     def ended(self, reason: FinishReason) -> None:
         self._ended[reason].inc()
+
+    def aborted(self, *, has_begun: bool) -> None:
+        self._aborted[ABORT_STAGES[has_begun]].inc()
 
 
 class HttpMetrics:

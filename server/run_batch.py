@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
+from server import logs
 from server.batches.lines import (
     LINE_OVERHEAD_BYTES,
     Line,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from server.api.dispatch import RouteRequests
     from server.moderation import Policy
     from server.runtime import Runtime
+    from server.tracing import RequestTracer
 
 USAGE = """\
 usage: gemma-server run-batch INPUT OUTPUT [options]
@@ -68,13 +70,15 @@ def run_batch(arguments: Sequence[str]) -> int:
         print(USAGE, file=sys.stderr)
         return EXIT_BAD_USAGE
     from server.moderation import load_policies
+    from server.tracing import RequestTracer
 
     try:
         config = load_config(arguments[2:])
         policies = load_policies(config.moderation_policies)
+        tracer = None if config.otlp_traces_endpoint is None else RequestTracer(config.otlp_traces_endpoint)
     except OptionError as error:
         return _fail(str(error), os.EX_CONFIG)
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    logs.configure(config.log_level, config.log_format, "front")
     # What is about single requests would drown the progress.
     logging.getLogger("server.api").setLevel(logging.WARNING)
     try:
@@ -82,7 +86,7 @@ def run_batch(arguments: Sequence[str]) -> int:
             _seekable(arguments[0]) as source,
             _opened_output(arguments[1], source) as (output, answered),
         ):
-            return _answer(config, policies, source, output, answered)
+            return _answer(config, policies, tracer, source, output, answered)
     except _InputError as error:
         return _fail(str(error), os.EX_DATAERR)
     except OSError as error:
@@ -140,6 +144,7 @@ def _opened_output(name: str, source: BinaryIO) -> Iterator[tuple[BinaryIO, dict
 def _answer(
     config: ServerConfig,
     policies: Sequence[Policy],
+    tracer: RequestTracer | None,
     source: BinaryIO,
     output: BinaryIO,
     answered: dict[str, bool],
@@ -159,7 +164,8 @@ def _answer(
         raise _InputError("\n".join(f"line {error.line}: {error.message}" for error in errors))
     runtime = Runtime(config, ProcessClient(config))
     no_keys = KeyRing(load_config([], {}))  # nobody connects
-    requests: RouteRequests = create_app(runtime, policies=policies, keys=no_keys).state.requests
+    app = create_app(runtime, policies=policies, keys=no_keys, tracer=tracer)
+    requests: RouteRequests = app.state.requests
     source.seek(0)
     lines = (
         line
@@ -167,7 +173,11 @@ def _answer(
         if (line := parse_line(number, raw)).custom_id not in answered
     )
     run = _Run(requests, output, _Progress(total, answered.values()))
-    exit_code = asyncio.run(_with_engine(runtime, run, lines))
+    try:
+        exit_code = asyncio.run(_with_engine(runtime, run, lines))
+    finally:
+        if tracer is not None:
+            tracer.close()
     return exit_code or (EXIT_FAILURES if run.progress.num_failed else 0)
 
 

@@ -59,7 +59,7 @@ class Runtime:
     def __init__(self, config: ServerConfig, client: EngineClient) -> None:
         self.config = config
         self.client = client
-        self.metrics = Metrics()
+        self.metrics = Metrics(lambda: client.pid)
         self.model: ServedModel | None = None
         self.phase = Phase.STARTING
         self.stage = "starting"
@@ -111,8 +111,9 @@ class Runtime:
         except (ModelSourceError, EngineDeadError, ValueError, OSError) as error:
             self._fail(str(error), os.EX_CONFIG)
             return
-        except Exception:  # a bug: unless it ends the server, the probes say "starting" for ever
-            logger.exception("unexpected error")
+        except Exception as error:  # a bug: unless it ends the server, the probes say "starting" for ever
+            # In words, too, which the log's tracebacks leave out: there has been no client yet.
+            logger.exception("unexpected error: %s", error)
             self._fail("the model cannot be loaded", os.EX_SOFTWARE)
             return
         if self.phase is Phase.FAILED:  # the engine died right behind its answer

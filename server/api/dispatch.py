@@ -26,6 +26,7 @@ from server.batches.lines import Answer
 from server.errors import ApiError, InternalError
 from server.frontend.admission import Admission
 from server.frontend.limits import Account
+from server.request_scope import RequestScope, request_scope
 from server.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class RouteRequests:
     async def answer(self, url: str, body: bytes, owner: str) -> Answer:
         """The route's answer, which is no stream. `owner` is the id of a tenant."""
         request_id, tenant = uuid.uuid4().hex, Tenant(owner)
+        token = request_scope.set(RequestScope(request_id))
         collector = _Collector()
         scope: Scope = {
             "type": "http",
@@ -92,6 +94,8 @@ class RouteRequests:
             logger.exception("request %s of a batch failed", request_id)
             error: ApiError = InternalError(request_id)
             return Answer(error.status, encode(error.body()), request_id)
+        finally:
+            request_scope.reset(token)
         return Answer(
             collector.status,
             bytes(collector.body),

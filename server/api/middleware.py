@@ -16,6 +16,7 @@ from server.api.error_responses import error_response
 from server.api.terms import quota_headers
 from server.errors import InternalError, ShuttingDownError
 from server.metrics import HttpMetrics
+from server.request_scope import RequestScope, request_scope, trace_parent
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
@@ -45,6 +46,8 @@ class RequestContextMiddleware:
             return
         state = scope.setdefault("state", {})
         request_id = state["request_id"] = _request_id(scope)
+        # Each request has a task of its own, with which its scope ends.
+        request_scope.set(RequestScope(request_id, trace_parent(scope["headers"])))
         arrival = state["arrival"] = time.monotonic()
         state["client_left"] = False
         status = 0
@@ -75,14 +78,26 @@ class RequestContextMiddleware:
             route = getattr(scope.get("route"), "path", "unmatched")
             self._metrics.answered(route, status or CLIENT_LEFT)
             if self._access_log:
-                access_logger.info(
-                    "%s %s %d %.1f ms %s",
-                    scope["method"],
-                    quote(scope["path"][:LONGEST_LOGGED_PATH]),
-                    status or CLIENT_LEFT,
-                    (time.monotonic() - arrival) * 1000,
-                    request_id,
-                )
+                _log_access(scope, status or CLIENT_LEFT, time.monotonic() - arrival)
+
+
+def _log_access(scope: Scope, status: int, seconds: float) -> None:
+    method, path = scope["method"], quote(scope["path"][:LONGEST_LOGGED_PATH])
+    request = {
+        "requestMethod": method,
+        "requestUrl": path,
+        "status": status,
+        "latency": f"{seconds:.4f}s",
+    }
+    access_logger.info(
+        "%s %s %d %.1f ms %s",
+        method,
+        path,
+        status,
+        seconds * 1000,
+        scope["state"]["request_id"],
+        extra={"fields": {"httpRequest": request}},
+    )
 
 
 def _request_id(scope: Scope) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from functools import partial
 from typing import TypeVar
 
 from msgspec import UNSET, UnsetType
@@ -29,7 +30,9 @@ from server.errors import (
 )
 from server.frontend.generation import ChoiceRequest, Generation, Origin
 from server.frontend.served_model import ServedModel
+from server.request_scope import request_scope
 from server.runtime import Phase, Runtime
+from server.tracing import RequestTracer
 
 Body = TypeVar("Body", bound=BaseModel)
 Result = TypeVar("Result")
@@ -102,6 +105,9 @@ def admit(
     except ApiError:
         charge.settle(0)
         raise
+    tracer: RequestTracer | None = request.app.state.tracer
+    cache_salt = _cache_salt(tenant.id, body.cache_salt or "")
+    origin = Origin(tenant.id, cache_salt, priority, client_request_id=request.state.request_id)
     return Generation(
         choices,
         client=runtime.client,
@@ -111,7 +117,8 @@ def admit(
         charge=charge,
         arrival=request.state.arrival,
         deadlines=terms.deadlines,
-        origin=Origin(tenant.id, _cache_salt(tenant.id, body.cache_salt or ""), priority),
+        origin=origin,
+        on_end=None if tracer is None else partial(tracer.record, model.names[0], request_scope.get()),
     )
 
 

@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterable
 from server.batching import NeverFitsError, ScheduledBatch, ScheduledSequence, Scheduler
 from server.engine.faults import GuardedRunner, Runner
 from server.engine.grammar.compiler import GrammarCompiler
+from server.engine.inspection import StepLog, snapshot_of
 from server.engine.pacing import PrefillPacer
 from server.engine.sequence import Sequence
 from server.engine.types import (
     FinishReason,
     GenerateRequest,
     SequenceOutput,
+    Snapshot,
     StepOutput,
     StepStats,
     Vocabulary,
@@ -57,13 +59,16 @@ class EngineCore:
         self._clock = clock
         self._terminal: list[SequenceOutput] = []
         """Ends that came about between steps; they leave with the next output."""
+        self._steps = StepLog()
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """What grammars are matched against; once, before the first of them."""
         self._grammars.set_vocabulary(vocabulary)
 
     def add(self, request: GenerateRequest) -> None:
-        self._add(Sequence.from_request(request))
+        seq = Sequence.from_request(request)
+        seq.arrived_at = self._clock()
+        self._add(seq)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -88,6 +93,7 @@ class EngineCore:
                 seq.request_id,
                 seq.num_tokens,
                 seq.num_preemptions,
+                extra={"fields": {"request_id": seq.request.client_request_id}},
             )
         if begun := [scheduled.seq.request_id for scheduled in batch.sequences if _begins(scheduled)]:
             self.on_begun(begun)
@@ -99,8 +105,15 @@ class EngineCore:
         num_prefill_tokens = batch.num_tokens - batch.num_draft_tokens - num_streams
         if not executed.failed:
             self._pacer.record(num_streams, num_prefill_tokens, finished - started)
+        self._steps.add(started, finished)
         outputs, self._terminal = self._terminal + outputs, []
         return StepOutput(outputs=outputs, stats=self._stats(batch, finished - started))
+
+    def snapshot(self, number: int, max_waiting: int) -> Snapshot:
+        """See `server.engine.types.Inspect`. Between two steps."""
+        return snapshot_of(
+            number, max_waiting, self._scheduler, list(self._compiling.values()), self._steps, self._clock()
+        )
 
     def _add(self, seq: Sequence) -> None:
         """Queue a sequence that is ready, or have it wait for its grammar."""
@@ -115,8 +128,9 @@ class EngineCore:
                 seq.compiled_grammar = answer
             self._scheduler.add(seq)
         except (NeverFitsError, GrammarError) as error:
+            reason = str(error) if isinstance(error, NeverFitsError) else "its grammar does not compile"
             self._terminal.append(
-                SequenceOutput(request_id=seq.request_id, finish_reason=FinishReason.ERROR, error=str(error))
+                SequenceOutput(request_id=seq.request_id, finish_reason=FinishReason.ERROR, error=reason)
             )
 
     def _stats(self, batch: ScheduledBatch, seconds: float) -> StepStats:

@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Callable
 
+from server import logs
 from server.engine import transport
 from server.engine.core import EngineCore
 from server.engine.pulse import Pulse
@@ -28,6 +29,7 @@ from server.engine.types import (
     Began,
     Failed,
     FromEngine,
+    Inspect,
     Loading,
     Ready,
     Start,
@@ -36,7 +38,7 @@ from server.engine.types import (
     Vocabulary,
 )
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("server.engine.loop")  # whose name is __main__ in the child
 
 
 class Wake:
@@ -83,12 +85,12 @@ def _run(core: EngineCore, inbox: Inbox, send: Callable[[FromEngine], None], pul
             if message is None:
                 return
             with pulse.turn():
-                _handle(core, message)
+                _handle(core, message, send)
         with pulse.turn():
             send(core.step())
 
 
-def _handle(core: EngineCore, message: ToEngine | Wake) -> None:
+def _handle(core: EngineCore, message: ToEngine | Wake, send: Callable[[FromEngine], None]) -> None:
     match message:
         case Vocabulary():
             core.set_vocabulary(message)
@@ -96,6 +98,8 @@ def _handle(core: EngineCore, message: ToEngine | Wake) -> None:
             core.add(request)
         case Abort(request_ids):
             core.abort(request_ids)
+        case Inspect(number, max_waiting):
+            send(core.snapshot(number, max_waiting))
         case Wake():
             pass  # it did what it is for
         case Start():
@@ -106,10 +110,10 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-format", default="text")
     arguments = parser.parse_args()
-    logging.basicConfig(
-        level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s"
-    )
+    logs.configure(arguments.log_level, arguments.log_format, "engine")
+    logs.dump_stacks_on_signal()
     _die_with_parent()
     # Ctrl-C reaches the whole process group; the front decides when the engine ends, by closing the socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

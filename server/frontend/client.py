@@ -13,6 +13,7 @@ from server.engine.types import (
     GenerateRequest,
     Loading,
     SequenceOutput,
+    Snapshot,
     StepStats,
     Vocabulary,
 )
@@ -89,6 +90,14 @@ class EngineClient(Protocol):
 
     def abandon(self) -> None:
         """Give up what runs: each sequence raises AbandonedError, and is aborted."""
+
+    async def inspect(self, max_waiting: int) -> Snapshot:
+        """The engine's state, with up to `max_waiting` of the waiting sequences. It answers between two steps,
+        and not at all while it is stopped, or before it is loaded. Raises EngineDeadError."""
+
+    @property
+    def pid(self) -> int:
+        """The engine's process."""
 
     async def stop(self) -> None:
         """End the engine; idempotent. Sequences that still run raise EngineDeadError."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ STOP_SECONDS = 5.0
 
 
 class EngineProcess:
-    def __init__(self, log_level: str) -> None:
+    def __init__(self, log_level: str, log_format: str) -> None:
         """Starts the process, which imports what it needs while its owner finds out what to serve.
 
         To be called in a thread that lives as long as this process: the kernel ends the child with it.
@@ -33,10 +34,17 @@ class EngineProcess:
         self._connection, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", ENGINE_MODULE]
-            command += ["--fd", str(theirs.fileno()), "--log-level", log_level]
+            command += ["--fd", str(theirs.fileno()), "--log-level", log_level, "--log-format", log_format]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         self._writer: asyncio.StreamWriter | None = None
         self._verdict: tuple[LossCause, str] | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def dump_stacks(self) -> None:
+        self._process.send_signal(signal.SIGUSR1)
 
     async def run(self, start: ToEngine, deliver: Callable[[FromEngine], None]) -> tuple[LossCause, str]:
         """Send `start`, and hand over what comes until the process has ended. Returns why it did."""

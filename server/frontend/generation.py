@@ -73,6 +73,7 @@ class Origin:
     tenant: str
     cache_salt: str
     priority: int
+    client_request_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,29 @@ class UsageCounts:
     cached_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class SequenceRecord:
+    """How one sequence went. Times are `time.monotonic()` seconds; 0 for what did not happen."""
+
+    params: SamplingParams
+    finish_reason: FinishReason
+    scheduled_at: float
+    first_token_at: float
+    ended_at: float
+    """The last token's time where it ended by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """How one request went."""
+
+    request_id: str
+    """As the client knows it."""
+    arrival: float
+    usage: UsageCounts
+    sequences: list[SequenceRecord]
+
+
 class Generation:
     """Runs the sequences of one admitted request, once."""
 
@@ -107,8 +131,9 @@ class Generation:
         arrival: float,
         deadlines: Deadlines,
         origin: Origin,
+        on_end: Callable[[RequestRecord], None] | None = None,
     ) -> None:
-        """`arrival`: `time.monotonic()` seconds at which the request came in."""
+        """`arrival`: `time.monotonic()` seconds at which the request came in. `on_end`: called once."""
         self._choices = [
             _Choice(
                 index, request, client, tokenizer, metrics, self._prompt_computed, arrival, deadlines, origin
@@ -120,6 +145,9 @@ class Generation:
         self._permit = permit
         self._charge = charge
         self._metrics = metrics
+        self._arrival = arrival
+        self._client_request_id = origin.client_request_id
+        self._on_end = on_end
         metrics.observe("request_params_n", sum(choice.prompt_index == 0 for choice in choices))
 
     def usage(self) -> UsageCounts:
@@ -163,6 +191,10 @@ class Generation:
         self._permit.release()
         usage = self.usage()
         self._charge.settle(usage.prompt_tokens + usage.completion_tokens)
+        if self._on_end is not None:
+            sequences = [choice.record() for choice in self._choices]
+            self._on_end(RequestRecord(self._client_request_id, self._arrival, usage, sequences))
+            self._on_end = None
 
     def _prompt_computed(self, prompt_index: int) -> None:
         self._permit.computed(self._waiting.pop(prompt_index, 0))
@@ -226,9 +258,11 @@ class _Choice:
         self._arrival = arrival
         self._deadlines = deadlines
         self._origin = origin
+        self._finish_reason = FinishReason.ABORT
         self._scheduled_at = 0.0
         self._first_token_at = 0.0
         self._last_token_at = 0.0
+        self._ended_at = 0.0
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
         finish_reason = FinishReason.ABORT
@@ -240,6 +274,14 @@ class _Choice:
             cache_salt=self._origin.cache_salt,
             priority=self._origin.priority,
             tenant=self._origin.tenant,
+            client_request_id=self._origin.client_request_id,
+        )
+        logger.debug(
+            "request %s: sequence %s begins, prompt_tokens=%d max_tokens=%d",
+            self._origin.client_request_id,
+            request.request_id,
+            len(request.prompt_token_ids),
+            request.params.max_tokens,
         )
         try:
             # Closing the engine's outputs early, as after a stop string, aborts the sequence.
@@ -252,7 +294,12 @@ class _Choice:
                         finish_reason = FinishReason.ERROR
                         if output.is_contradictory:
                             raise ContradictionError(self.state.num_generated + len(output.token_ids))
-                        logger.error("request %s: the engine gave up: %s", request.request_id, output.error)
+                        logger.error(
+                            "request %s: the engine gave sequence %s up: %s",
+                            self._origin.client_request_id,
+                            request.request_id,
+                            output.error,
+                        )
                         raise GenerationError("The engine could not complete this request.")
                     prompt_logprobs = prompt_logprobs or output.prompt_logprobs
                     num_before = self.state.num_generated
@@ -270,7 +317,29 @@ class _Choice:
             finish_reason = FinishReason.ERROR
             raise
         finally:
+            self._finish_reason = finish_reason
+            self._ended_at = time.monotonic()
             self._observe_end(finish_reason)
+            logger.debug(
+                "request %s: sequence %s ends, reason=%s generated_tokens=%d cached_tokens=%d seconds=%.3f",
+                self._origin.client_request_id,
+                request.request_id,
+                finish_reason,
+                self.state.num_generated,
+                self.state.num_cached_tokens,
+                self._ended_at - self._arrival,
+            )
+
+    def record(self) -> SequenceRecord:
+        """Once it is over."""
+        is_whole = self._finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        return SequenceRecord(
+            params=self.request.sampling,
+            finish_reason=self._finish_reason,
+            scheduled_at=self._scheduled_at,
+            first_token_at=self._first_token_at,
+            ended_at=self._last_token_at if is_whole else self._ended_at or time.monotonic(),
+        )
 
     def _observe_tokens(self, output: SequenceOutput, num_new: int) -> None:
         self._scheduled_at = self._scheduled_at or output.scheduled_at
@@ -293,6 +362,8 @@ class _Choice:
     def _observe_end(self, finish_reason: FinishReason) -> None:
         metrics, num_generated = self._metrics, self.state.num_generated
         metrics.ended(finish_reason)
+        if finish_reason is FinishReason.ABORT:
+            metrics.aborted(has_begun=self._first_token_at > 0)
         metrics.observe("request_prompt_tokens", len(self.request.prompt_token_ids))
         metrics.observe("request_generation_tokens", num_generated)
         metrics.observe("request_params_max_tokens", self.request.sampling.max_tokens)

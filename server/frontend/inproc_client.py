@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 import traceback
@@ -39,6 +40,10 @@ class InprocClient(MailboxClient):
         self._thread.start()
         self._send(Start(config))
         return await self._started
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
 
     async def stop(self) -> None:
         self._stopping = True

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 
@@ -28,9 +29,11 @@ from server.engine.types import (
     FromEngine,
     GenerateRequest,
     Heartbeat,
+    Inspect,
     Loading,
     Ready,
     SequenceOutput,
+    Snapshot,
     StepOutput,
     StepStats,
     Submit,
@@ -141,6 +144,8 @@ class MailboxClient(abc.ABC):
         """Sent, without an output, and begun by an engine that ended."""
         self._is_up = True
         """Whether there is an engine to send requests to."""
+        self._inspections: dict[int, asyncio.Future[Snapshot]] = {}
+        self._numbers = itertools.count()
         self._started: asyncio.Future[EngineInfo] | None = None
         self._dead: str | None = None
         self._stopping = False
@@ -177,6 +182,18 @@ class MailboxClient(abc.ABC):
         for mailbox in self._mailboxes.values():
             mailbox.fail(AbandonedError())
 
+    async def inspect(self, max_waiting: int) -> Snapshot:
+        if self._dead is not None or not self._is_up:
+            raise EngineDeadError(self._dead or "the engine is being replaced")
+        number = next(self._numbers)
+        answer: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
+        self._inspections[number] = answer
+        try:
+            self._send(Inspect(number, max_waiting))
+            return await answer
+        finally:
+            del self._inspections[number]
+
     async def _make_vocabulary(self) -> None:
         self._vocabulary = await asyncio.to_thread(self.make_vocabulary)
         if self._is_up:
@@ -212,6 +229,10 @@ class MailboxClient(abc.ABC):
                         mailbox.has_begun = True
             case Heartbeat():
                 pass  # it did what it is for when it came
+            case Snapshot():
+                inspection = self._inspections.get(message.number)
+                if inspection is not None and not inspection.done():
+                    inspection.set_result(message)
             case Loading():
                 self.on_loading(message)
             case Ready(info):
@@ -251,7 +272,13 @@ class MailboxClient(abc.ABC):
         for mailbox in self._mailboxes.values():
             mailbox.is_sent = mailbox.has_begun = False
         self._unsent = deque(kept)
+        self._fail_inspections(reason)
         self.on_loss(EngineLoss(cause, reason, len(lost), len(kept)))
+
+    def _fail_inspections(self, reason: str) -> None:
+        for inspection in self._inspections.values():
+            if not inspection.done():
+                inspection.set_exception(EngineDeadError(reason))
 
     def _die(self, reason: str) -> None:
         if self._dead is not None:
@@ -259,6 +286,7 @@ class MailboxClient(abc.ABC):
         self._dead = reason
         for mailbox in self._mailboxes.values():
             mailbox.fail(EngineDeadError(reason))
+        self._fail_inspections(reason)
         if self._started is not None and not self._started.done():
             self._started.set_exception(EngineDeadError(reason))
         elif not self._stopping:

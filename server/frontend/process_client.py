@@ -26,14 +26,25 @@ class ProcessClient(MailboxClient):
         """Starts the first process, which imports what it needs while its owner finds out what to serve."""
         super().__init__()
         self._options = config
-        self._process = EngineProcess(config.log_level)
+        self._process = self._new_process()
         self._restarts = Restarts(config.max_engine_restarts)
         self._supervising: asyncio.Task[None] | None = None
+
+    def _new_process(self) -> EngineProcess:
+        return EngineProcess(self._options.log_level, self._options.log_format)
 
     async def start(self, config: EngineConfig) -> EngineInfo:
         self._started = asyncio.get_running_loop().create_future()
         self._supervising = asyncio.create_task(self._supervise(self._started, Start(config)))
         return await self._started
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def dump_stacks(self) -> None:
+        """Have the engine print the stacks of its threads."""
+        self._process.dump_stacks()
 
     async def stop(self) -> None:
         self._stopping = True
@@ -64,7 +75,7 @@ class ProcessClient(MailboxClient):
                 )
                 await asyncio.sleep(delay)
                 # Here and not in a thread: the kernel ends a process with the thread that made it.
-                self._process = EngineProcess(self._options.log_level)
+                self._process = self._new_process()
         except Exception:  # no process to be had, or a bug: with no engine to come, every request would wait
             logger.exception("the engine cannot be replaced")
             self._die("the engine cannot be replaced")

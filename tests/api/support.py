@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import socket
 import threading
 import time
@@ -27,6 +29,7 @@ from server.engine.types import (
     PromptTokenLogprob,
     SamplingParams,
     SequenceOutput,
+    Snapshot,
     StepStats,
     TokenLogprob,
 )
@@ -36,6 +39,7 @@ from server.frontend.served_model import ServedModel
 from server.http_server import HttpServer
 from server.runtime import Phase, Runtime, end_token_ids
 from server.tokenizer import Tokenizer
+from server.tracing import RequestTracer
 from tests.fixtures_tokenizers import make_tiny_tokenizer
 
 MODEL = "google/gemma-tiny"
@@ -71,6 +75,9 @@ class Script:
     logprob_of_seed: dict[int, float] = field(default_factory=dict)
     """Of each generated token of a sequence with this seed, instead of `logprob`."""
     tokens_per_output: int = 1
+    crash: Exception = field(default_factory=lambda: ZeroDivisionError("secret /path"))
+    """What happens then."""
+    inspection_error: Exception | None = None
 
 
 class FakeEngineClient:
@@ -91,12 +98,29 @@ class FakeEngineClient:
 
     def abandon(self) -> None:
         self._abandoned.set()
+        self.pid = os.getpid()
+        self.snapshot = Snapshot(
+            number=0,
+            running=[],
+            waiting=[],
+            num_waiting=0,
+            pools={},
+            num_steps=0,
+            last_step_ago=None,
+            step_seconds=[],
+        )
 
     async def start(self, config: EngineConfig) -> EngineInfo:
         raise NotImplementedError
 
     async def stop(self) -> None:
         self.is_stopped = True
+
+    async def inspect(self, max_waiting: int) -> Snapshot:
+        if self.script.inspection_error is not None:
+            raise self.script.inspection_error
+        await asyncio.sleep(self.script.delay)
+        return self.snapshot
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[SequenceOutput, None]:
         self.submitted.append(request)
@@ -133,7 +157,7 @@ class FakeEngineClient:
             if number == script.death_after:
                 raise script.death("killed by signal 9 in /secret/path")
             if number == script.crash_after:
-                raise ZeroDivisionError("secret /path")
+                raise script.crash
             pending.append(token_id)
             is_stop = token_id in params.stop_token_ids
             is_last = is_stop or number + 1 == params.max_tokens
@@ -246,7 +270,9 @@ class LiveServer:
         self.engine = client
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx.Client(base_url=self.url, timeout=20)
+        self.http = httpx.Client(
+            base_url=self.url, timeout=20, event_hooks={"response": [check_reveals_nothing]}
+        )
 
     @property
     def script(self) -> Script:
@@ -314,6 +340,7 @@ def live_server(
     loaded: bool = True,
     max_model_len: int = MAX_MODEL_LEN,
     tokenizer: Tokenizer = TOKENIZER,
+    tracer: RequestTracer | None = None,
     **options: Any,
 ) -> Iterator[LiveServer]:
     engine = FakeEngineClient()
@@ -328,7 +355,7 @@ def live_server(
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        server = HttpServer(create_app(runtime, store), runtime)
+        server = HttpServer(create_app(runtime, store, tracer=tracer), runtime)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
         live = LiveServer(server, runtime, engine, port, thread)
         thread.start()
@@ -339,6 +366,24 @@ def live_server(
             live.http.close()
             live.end()
             live.wait_end()
+
+
+def check_reveals_nothing(response: httpx.Response) -> None:
+    """Of every error that any test of the API meets."""
+    if response.status_code >= 400:
+        response.read()
+        asked = f"{response.request.url} {getattr(response.request, '_content', b'')!r}"
+        revealed = [found for found in INSIDES.findall(response.text) if found not in asked]
+        assert not revealed, f"an error tells of the server's insides: {response.text}"
+
+
+INSIDES = re.compile(
+    r"Traceback|, line \d|\.py\b|site-packages|0x[0-9a-f]{6}|object at 0x|<class|<function|tensor\(|torch\.|"
+    r"dtype\(|server\.(?:api|engine|frontend)|pydantic|msgspec|starlette|llguidance|errno|\bErrno\b|\b\w+Exception\b|"
+    r"\b(?:Value|Type|Key|Index|Attribute|Runtime|Assertion|ZeroDivision|OS|Unicode\w+)Error\b|"
+    r"/(?:usr|home|root|tmp|opt|var|proc|etc|lib|mnt|srv)/|/secret"
+)
+"""Paths, addresses, types and pieces of tracebacks of ours."""
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -113,6 +117,43 @@ async def test_stopping_twice_is_stopping_once_and_ends_who_still_reads(engine: 
     await engine.client.stop()
     with pytest.raises(EngineDeadError):
         await reader
+
+
+async def test_an_engine_tells_its_state_whether_it_has_work_or_none(engine: Watched) -> None:
+    idle = await engine.client.inspect(10)
+    assert (idle.running, idle.waiting, idle.num_steps) == ([], [], 0)
+    assert {pool.num_held for pool in idle.pools.values()} == {0}
+    request = msgspec.structs.replace(make_request("a", max_tokens=500), client_request_id="client-a")
+    async with aclosing(engine.client.generate(request)) as outputs:
+        await anext(outputs)
+        first, second = await asyncio.gather(engine.client.inspect(10), engine.client.inspect(10))
+        (running,) = first.running
+        assert (running.request_id, running.client_request_id) == ("a", "client-a")
+        assert running.num_prompt_tokens == 3
+        assert running.num_computed_tokens == 2 + running.num_generated_tokens
+        assert second.number != first.number
+        assert min(pool.num_held for pool in first.pools.values()) > 0
+    await engine.wait_idle()
+    assert (await engine.client.inspect(10)).running == []
+
+
+async def test_a_stopped_engine_tells_nothing_until_it_goes_on(tiny_checkpoint: Path) -> None:
+    client = make_process_client()
+    await client.start(make_config(tiny_checkpoint))
+    os.kill(client.pid, signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(client.inspect(1), 0.2)
+    os.kill(client.pid, signal.SIGCONT)
+    await asyncio.wait_for(client.inspect(1), 10)
+    os.kill(client.pid, signal.SIGSTOP)
+    waiting = asyncio.create_task(client.inspect(1))
+    await asyncio.sleep(0.01)
+    os.kill(client.pid, signal.SIGKILL)
+    with pytest.raises(EngineDeadError):
+        await waiting
+    with pytest.raises(EngineDeadError):
+        await client.inspect(1)
+    await client.stop()
 
 
 @pytest.mark.parametrize("kind", [make_process_client, InprocClient])

@@ -26,6 +26,7 @@ from server.engine.kv_cache.block_pool import NULL_BLOCK, BlockPool, CacheInvari
 from server.engine.kv_cache.hashing import Prefix
 from server.engine.models.config import KVGroupSpec
 from server.engine.sequence import Sequence
+from server.engine.types import PoolSnapshot
 
 
 def sliding_pool_blocks(
@@ -97,6 +98,18 @@ class KVCacheManager:
         """Share of each pool's blocks that live sequences hold, by group name."""
         pools = zip(self._names, self._pools, strict=True)
         return {name: 1.0 - pool.num_free / pool.num_blocks for name, pool in pools}
+
+    def snapshot(self) -> dict[str, PoolSnapshot]:
+        """How many blocks of each pool are in which state, by group name."""
+        return {
+            name: PoolSnapshot(
+                num_blocks=pool.num_blocks,
+                num_held=pool.num_blocks - pool.num_free,
+                num_free=pool.num_free,
+                num_published=pool.num_published,
+            )
+            for name, pool in zip(self._names, self._pools, strict=True)
+        }
 
     # --- a sequence's life --------------------------------------------------------------------------------
 
