@@ -136,6 +136,6 @@ def test_a_batch_without_a_server_survives_the_end_of_its_engine(tiny_checkpoint
         )
         engine.kill()
         assert process.wait(100) == 0
-    results = [json.loads(line) for line in output.read_text().splitlines()]
+    results = [json.loads(line) for line in output.read_bytes().splitlines()]
     assert sorted(int(result["custom_id"]) for result in results) == list(range(400))
     assert {result["response"]["body"]["usage"]["completion_tokens"] for result in results} == {60}
