@@ -35,8 +35,8 @@ test: $(DEV)  ## Run all tests but the slow ones; options: make test ARGS="-k to
 	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(DEV)  ## Run the slow tests
-	@$(BIN)/python -m pytest -m "slow and not gpu and not network" $(ARGS)
+test-slow: $(DEV)  ## Run the slow tests; chaos and soak have verbs of their own
+	@$(BIN)/python -m pytest -m "slow and not gpu and not network" --ignore tests/chaos --ignore tests/soak $(ARGS)
 
 .PHONY: check
 check: $(DEV)  ## Format, lint, types, layout and import direction
@@ -62,6 +62,10 @@ bench-quality: $(DEV)  ## Perplexity and greedy agreement of each number format 
 bench-structured: $(DEV)  ## Throughput with and without a JSON schema, and the time to compile one
 	@$(BIN)/python -m benchmarks.structured $(ARGS)
 
+.PHONY: bench-batch
+bench-batch: $(DEV)  ## What clients notice of a batch that runs beside them
+	@$(BIN)/python -m benchmarks.beside_batch $(ARGS)
+
 .PHONY: bench-peers
 bench-peers: $(DEV)  ## Measure vLLM, llama.cpp and this server in one run for docs/performance.md; ARGS="--help" lists its options
 	@$(BIN)/python -m benchmarks.peers.run $(ARGS)
@@ -71,8 +75,13 @@ fuzz: $(DEV)  ## 5,000 requests made from the OpenAPI document, right and wrong 
 	@$(BIN)/python -m pytest -m slow tests/fuzz $(ARGS)
 
 .PHONY: chaos
-chaos: $(DEV)  ## Kill, stop and crash the engine under load, and print what became of the clients
-	@$(BIN)/python -m pytest -m slow tests/chaos $(ARGS)
+chaos: $(DEV)  ## Real servers under load whose engines are killed, stopped and crashed, and which are starved and left
+	@$(BIN)/python -m pytest -m "not gpu and not network" tests/chaos $(ARGS)
+
+.PHONY: soak
+soak: $(DEV)  ## 10,000 requests of all kinds to a real server: nothing may leak or grow; options: ARGS="--requests 2000"
+	@$(BIN)/python -m tests.soak.soak $(ARGS)
+	@$(BIN)/python -m pytest -m slow tests/soak/test_grammars.py tests/soak/test_residue.py
 
 .PHONY: conformance
 conformance: $(DEV)  ## Ask this server for all that OpenAI's API promises; another: ARGS="--base-url http://host:8000"
@@ -87,8 +96,9 @@ test-sdk: $(DEV)  ## Run the official SDKs and an agent framework against the em
 	@$(BIN)/python -m pytest -m "not gpu and not network" tests/sdk $(ARGS)
 
 .PHONY: docs
-docs: $(DEV)  ## Write docs/options.md from the declaration of the options
+docs: $(DEV)  ## Write docs/options.md from the options, and docs/reliability.md from the cases and their tests
 	@$(BIN)/python -m tools.gen_options
+	@$(BIN)/python -m tools.gen_reliability
 
 .PHONY: setup
 setup: $(DEV)  ## Make the environment for development, and the git hook

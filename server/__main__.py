@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -45,15 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(arguments: Sequence[str]) -> int:
     # Not imported above: `--help` and `version` answer at once.
+    from server.api_keys import KeyRing, check_exposure
     from server.moderation import load_policies
 
     try:
         config = load_config(arguments)
+        keys = KeyRing(config)
+        check_exposure(config, keys)
         policies = load_policies(config.moderation_policies)
         store = None if config.data_dir is None else _open_store(config)
     except OptionError as error:
         print(f"gemma-server: {error}", file=sys.stderr)
         return os.EX_CONFIG  # starting again with the same options would fail again
+    _on_signals(lambda number: sys.exit(0))  # an end that was asked for is no failure
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
 
     # What takes long is imported where it is known to be wanted, so that `--help` and mistakes answer at once.
@@ -67,38 +72,29 @@ def serve(arguments: Sequence[str]) -> int:
     runtime = Runtime(config, client)
     runtime.read_model()
 
-    import uvicorn
-
     from server.app import create_app
+    from server.http_server import HttpServer
 
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(runtime, store, policies),
-            host=config.host,
-            port=config.port,
-            # Bounds the headers, and takes the body of a request that offers to upgrade, as Java's client does;
-            # httptools does neither.
-            http="h11",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=round(config.shutdown_timeout),
-        )
-    )
+    server = HttpServer(create_app(runtime, store, policies, keys), runtime)
 
     def end() -> None:
         server.should_exit = True
 
-    def asked_to_end(signal_number: int, frame: FrameType | None) -> None:
-        sys.exit(0)
-
     runtime.on_failure = end
-    # uvicorn handles signals while it runs, and afterwards raises those it got again: an end that was asked for
-    # is no failure.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, asked_to_end)
+    _on_signals(server.on_signal)
+    if config.api_key_file is not None:
+        # In a thread: a handler interrupts whatever runs, which may hold the log.
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=keys.reload, name="keys").start())
     server.run()
     return runtime.exit_code
+
+
+def _on_signals(end: Callable[[int], None]) -> None:
+    def asked_to_end(number: int, frame: FrameType | None) -> None:
+        end(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, asked_to_end)
 
 
 def _open_store(config: ServerConfig) -> Store:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
 from server.api import (
@@ -23,13 +24,17 @@ from server.api import (
     tokenize,
 )
 from server.api.anthropic import routes as anthropic
+from server.api.auth import ApiKeyMiddleware
 from server.api.dispatch import RouteRequests
-from server.api.middleware import ApiKeyMiddleware, RequestContextMiddleware
+from server.api.hosts import HostMiddleware
+from server.api.middleware import RequestContextMiddleware
 from server.api.openai_responses import routes as openai_responses
+from server.api_keys import KeyRing
 from server.batches.lines import LINE_OVERHEAD_BYTES
 from server.batches.runner import BatchRunner
 from server.batches.store import Store
 from server.frontend.admission import Admission
+from server.frontend.limits import Accounts
 from server.moderation import BUILT_IN_POLICIES, Policy
 from server.runtime import Runtime
 
@@ -48,10 +53,13 @@ OTHER_ROUTERS = (
 
 
 def create_app(
-    runtime: Runtime, store: Store | None = None, policies: Sequence[Policy] = BUILT_IN_POLICIES
+    runtime: Runtime,
+    store: Store | None = None,
+    policies: Sequence[Policy] = BUILT_IN_POLICIES,
+    keys: KeyRing | None = None,
 ) -> FastAPI:
     """`policies` are those of moderations. Without a `store`, files and batches are off; it is closed with the
-    application."""
+    application. `keys` are those of the configuration if not given: raises OptionError."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -76,13 +84,26 @@ def create_app(
     )
     app.state.runtime = runtime
     app.state.policies = policies
-    app.state.admission = Admission(runtime.config.max_queued_requests)
+    config = runtime.config
+    app.state.keys = KeyRing(config) if keys is None else keys
+    app.state.accounts = Accounts()
+    app.state.admission = Admission(config.max_queued_requests, config.max_queued_tokens)
     # The last one added is the outermost.
-    app.add_middleware(ApiKeyMiddleware, api_keys=runtime.config.api_key)
+    app.add_middleware(HostMiddleware, bound_to=config.host, allowed=config.allowed_hosts)
+    app.add_middleware(ApiKeyMiddleware, keys=app.state.keys)
+    if config.allowed_origins:
+        # Outside of the keys, since browsers ask whether they may send one without sending it.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     app.add_middleware(
         RequestContextMiddleware,
         metrics=runtime.metrics.http,
-        access_log=not runtime.config.disable_access_log,
+        access_log=not config.disable_access_log,
     )
     error_handlers.install(app)
     for router in (*BATCH_ROUTERS, *OTHER_ROUTERS):

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.precedence import Precedence
-from server.engine.sampling.types import SampledToken
+from server.engine.sampling.types import NOTHING_LEFT, SampledToken
 from server.engine.sequence import Sequence, SequenceStatus
 from server.engine.speculation import NgramSpeculator
 from server.engine.step_counts import StepCounts
@@ -210,10 +210,11 @@ class Scheduler:
         return ScheduledBatch(tuple(plan.values()), tuple(preempted))
 
     def _admit(self, plan: dict[Sequence, ScheduledSequence], budget: int) -> None:
+        growing = [seq for seq in self._running if seq.num_tokens - seq.num_computed > 1]
         while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
             seq = self._waiting[0]
             num_cached = self._kv.find_cached_prefix(seq)
-            if self._running and not self._kv.has_room(seq, num_cached, SPARE_FOR_RUNNING):
+            if self._running and not self._kv.has_room(seq, num_cached, growing, SPARE_FOR_RUNNING):
                 break
             num_new = self._chunk(seq, num_cached, budget)
             if not self._kv.allocate(seq, num_cached, num_new):
@@ -223,11 +224,13 @@ class Scheduler:
                 continue
             del self._waiting[0]
             self._precedence.insert(seq, self._running)
+            self._precedence.admit(seq)
             seq.status = SequenceStatus.RUNNING
             seq.num_computed = num_cached
             if seq.num_preemptions == 0:
                 self._note_first_admission(seq, num_cached)
             plan[seq] = _scheduled(seq, num_new)
+            growing.append(seq)
             budget -= num_new
 
     def _draft(self, plan: dict[Sequence, ScheduledSequence]) -> None:
@@ -367,12 +370,15 @@ class Scheduler:
 
     def _end(self, seq: Sequence, error: str) -> SequenceOutput:
         self._retire(seq)
+        params = seq.params
+        constrained = bool(params.grammar or params.allowed_token_ids or params.bad_words)
         return SequenceOutput(
             request_id=seq.request_id,
             finish_reason=FinishReason.ERROR,
             num_cached_tokens=seq.num_cached_tokens,
             scheduled_at=seq.scheduled_at,
             error=error,
+            is_contradictory=constrained and error == NOTHING_LEFT,
         )
 
     def _retire(self, seq: Sequence) -> None:

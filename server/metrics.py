@@ -194,6 +194,11 @@ class RequestMetrics:
             (*LABELS, "finished_reason"),
             registry=registry,
         )
+        self.timeouts = Counter(
+            "gemma_requests_timed_out",
+            "Requests whose answer was not begun or not complete in time.",
+            registry=registry,
+        )
         self._ended = {reason: ended.labels(model_name, "0", reason.value) for reason in FinishReason}
         self._histograms = {
             name: Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=registry).labels(
@@ -223,7 +228,10 @@ class HttpMetrics:
         self._rejected = Counter(
             "gemma_requests_rejected", "Requests refused for want of capacity.", ("reason",), registry=registry
         )
-        for reason in ("queue_full", "model_loading", "engine_unavailable", "engine_lost"):
+        for reason in (
+            *("queue_full", "rate_limit_exceeded"),
+            *("model_loading", "engine_unavailable", "engine_lost"),
+        ):
             self._rejected.labels(reason)
         self.disconnects = Counter(
             "gemma_client_disconnects", "Clients that left before their answer was complete.", registry=registry

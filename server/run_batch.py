@@ -146,6 +146,7 @@ def _answer(
 ) -> int:
     # These take a second, which mistakes in the arguments need not wait for.
     from server.api.dispatch import post_paths
+    from server.api_keys import KeyRing
     from server.app import BATCH_ROUTERS, create_app
     from server.frontend.process_client import ProcessClient
     from server.runtime import Runtime
@@ -157,7 +158,8 @@ def _answer(
     if errors:
         raise _InputError("\n".join(f"line {error.line}: {error.message}" for error in errors))
     runtime = Runtime(config, ProcessClient(config))
-    requests: RouteRequests = create_app(runtime, policies=policies).state.requests
+    no_keys = KeyRing(load_config([], {}))  # nobody connects
+    requests: RouteRequests = create_app(runtime, policies=policies, keys=no_keys).state.requests
     source.seek(0)
     lines = (
         line

@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import ctypes
 import enum
+import gc
 import logging
 import os
 import threading
@@ -33,7 +34,7 @@ from server.frontend.vocabulary import make_byte_vocabulary, make_vocabulary
 from server.gguf_tokenizer import tokenizer_for_gguf
 from server.metrics import Metrics
 from server.model_source import DownloadProgress, ModelFiles, ModelSourceError, resolve
-from server.tokenizer import Tokenizer
+from server.tokenizer import START_RESPONSE, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,10 @@ class Runtime:
         self.fraction = 0.0
         """0..1 of the stage."""
         self.exit_code = 0
+        self.is_draining = False
+        """The server was told to end: whoever balances requests should look for another."""
+        self.takes_requests = True
+        """False once only those that were accepted before are answered."""
         self.on_failure: Callable[[], None] = lambda: None
         """Called once when the server can serve no more."""
         self._reading: concurrent.futures.Future[_Model] | None = None
@@ -121,6 +126,9 @@ class Runtime:
             info=info,
             stop_token_ids=_stop_token_ids(tokenizer, model_config),
         )
+        # What lives now lives for good; later collections, beside which nothing else runs, need not walk it.
+        gc.collect()
+        gc.freeze()
         self._enter(Phase.READY if self._lost_at is None else Phase.RESTARTING, Phase.STARTING)
         seconds = time.monotonic() - started
         self.metrics.set_model(self.model, seconds)
@@ -260,6 +268,7 @@ def _read_model(files: ModelFiles) -> tuple[Tokenizer, GemmaConfig]:
     else:
         tokenizer = Tokenizer.from_file(tokenizer_for_gguf(files.path, cache_directory()))
         config = read_gguf(read_metadata(files.path, with_pieces=False))
+    tokenizer.check_fits(config.vocab_size)
     _return_freed_memory()
     return tokenizer, config
 
@@ -272,8 +281,16 @@ def _return_freed_memory() -> None:
 
 
 def _stop_token_ids(tokenizer: Tokenizer, model_config: GemmaConfig) -> tuple[int, ...]:
-    """Every id that ends a turn: a checkpoint's lists are known to leave `<end_of_turn>` or `<eos>` out."""
-    ids = {tokenizer.eos_id, *model_config.eos_token_ids}
-    if tokenizer.end_of_turn_id is not None:
-        ids.add(tokenizer.end_of_turn_id)
-    return tuple(sorted(ids))
+    """The tokenizer's and those that the checkpoint lists. Ids that the model cannot sample end nothing."""
+    listed = {token_id for token_id in model_config.eos_token_ids if 0 <= token_id < model_config.vocab_size}
+    return tuple(sorted(listed.union(end_token_ids(tokenizer))))
+
+
+def end_token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Every id that ends a turn: a checkpoint's lists are known to leave `<end_of_turn>` or `<eos>` out.
+
+    FunctionGemma begins a response behind its calls, and expects the rest of it from us.
+    """
+    response_id = tokenizer.function_ids.get(START_RESPONSE)
+    ids = (tokenizer.eos_id, tokenizer.end_of_turn_id, response_id)
+    return tuple(token_id for token_id in ids if token_id is not None)

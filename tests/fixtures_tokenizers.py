@@ -6,6 +6,7 @@ the repository and checked against their SHA-256.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,7 +22,7 @@ import pytest
 import tokenizers
 
 from server.gguf_tokenizer import PieceType, build_tokenizer_json
-from server.tokenizer import Tokenizer
+from server.tokenizer import FUNCTION_TOKENS, Tokenizer
 
 DATA = Path(__file__).parent / "data"
 CACHE = Path(__file__).parents[1] / ".cache" / "tokenizers"
@@ -44,12 +46,12 @@ def gemma3_tokenizer_file() -> Path:
 @pytest.fixture(scope="session")
 def gemma2_tokenizer(gemma2_tokenizer_file: Path) -> Tokenizer:
     """Gemma 1 and 2 share one vocabulary."""
-    return Tokenizer.from_file(gemma2_tokenizer_file)
+    return _read(gemma2_tokenizer_file)
 
 
 @pytest.fixture(scope="session")
 def gemma3_tokenizer(gemma3_tokenizer_file: Path) -> Tokenizer:
-    return Tokenizer.from_file(gemma3_tokenizer_file)
+    return _read(gemma3_tokenizer_file)
 
 
 @pytest.fixture(scope="session", params=["gemma2", "gemma3"])
@@ -63,13 +65,28 @@ def tiny_tokenizer() -> Tokenizer:
     return make_tiny_tokenizer()
 
 
-def make_tiny_tokenizer() -> Tokenizer:
+@pytest.fixture(scope="session")
+def function_tokenizer() -> Tokenizer:
+    return make_function_tokenizer()
+
+
+def make_tiny_tokenizer(more_control: Sequence[str] = ()) -> Tokenizer:
     """300-odd tokens of Gemma's kind: control tokens, bytes, and a few pieces with merges."""
-    return Tokenizer(tokenizers.Tokenizer.from_buffer(make_tiny_tokenizer_json()))
+    return Tokenizer(tokenizers.Tokenizer.from_buffer(make_tiny_tokenizer_json(more_control)))
 
 
-def make_tiny_tokenizer_json() -> bytes:
-    return build_tokenizer_json(*tiny_vocabulary())
+def make_function_tokenizer() -> Tokenizer:
+    """The tiny one, with FunctionGemma's tokens behind all others."""
+    return make_tiny_tokenizer(FUNCTION_TOKENS)
+
+
+def make_tiny_tokenizer_json(more_control: Sequence[str] = ()) -> bytes:
+    pieces, types, scores = tiny_vocabulary()
+    return build_tokenizer_json(
+        [*pieces, *more_control],
+        [*types, *[PieceType.CONTROL] * len(more_control)],
+        [*scores, *[0.0] * len(more_control)],
+    )
 
 
 def tiny_vocabulary() -> tuple[list[str], list[int], list[float]]:
@@ -102,6 +119,11 @@ def tiny_vocabulary() -> tuple[list[str], list[int], list[float]]:
     ]
     scores = [*[0.0] * (len(pieces) - len(normal)), *(-float(rank) for rank in range(len(normal)))]
     return pieces, types, scores
+
+
+@functools.cache  # it takes seconds, and more than one folder has the fixtures
+def _read(file: Path) -> Tokenizer:
+    return Tokenizer.from_file(file)
 
 
 def _real_file(name: str) -> Path:

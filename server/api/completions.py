@@ -22,7 +22,6 @@ from server.api.protocol import CompletionRequest
 from server.api.responses import Completion, CompletionChoice, Head, Usage
 from server.api.serving import (
     ChunkUsage,
-    admission_of,
     admit,
     answer,
     read_body,
@@ -30,8 +29,9 @@ from server.api.serving import (
     served_model,
     stream,
 )
+from server.api.terms import ENTERING, terms_of
 from server.errors import InvalidRequestError
-from server.frontend.admission import check_token_ids, resolve_max_tokens
+from server.frontend.fitting import check_token_ids, resolve_max_tokens
 from server.frontend.generation import ChoiceRequest, Generation, UsageCounts
 from server.frontend.served_model import ServedModel
 
@@ -40,6 +40,7 @@ router = APIRouter()
 
 @router.post(
     "/v1/completions",
+    dependencies=[ENTERING],
     summary="Continue a text",
     openapi_extra=body_of(CompletionRequest, answer=Completion, stream=Completion),
 )
@@ -50,7 +51,7 @@ async def create_completion(request: Request) -> Response:
     check_stream_options(body)
     _check_combinations(body)
     num_choices = num_generated_choices(body)
-    admission_of(request).check_count(len(body.prompt) * num_choices)
+    terms_of(request).admission.check_count(len(body.prompt) * num_choices)
     logprobs = completion_logprobs(body, runtime.config.max_logprobs)
     constraints = await output_constraints(body, model, runtime.grammars)
     # What was written to fill a middle begins another file, or another middle, where it should end.

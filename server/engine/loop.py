@@ -20,8 +20,6 @@ import sys
 import threading
 from collections.abc import Callable
 
-import msgspec
-
 from server.engine import transport
 from server.engine.core import EngineCore
 from server.engine.pulse import Pulse
@@ -135,11 +133,12 @@ def _read(connection: socket.socket, inbox: Inbox) -> None:
         while (payload := transport.read_frame(connection)) is not None:
             try:
                 inbox.put(transport.decode_to_engine(payload))
-            except msgspec.MsgspecError as error:
+            except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
                 logger.error("dropped a message that is not in the protocol: %s", error)
-    except OSError as error:
+    except (OSError, transport.FrameError) as error:
         logger.error("lost the connection to the front: %s", error)
-    inbox.put(None)
+    finally:
+        inbox.put(None)  # whatever it was, without its reader the loop would wait for ever
 
 
 def _write(connection: socket.socket, outbox: queue.SimpleQueue[FromEngine | None]) -> None:

@@ -84,6 +84,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Sequences share cached prefixes only under one salt."""
     priority: int = 0
     """Sequences with a lower one go first. -2**63 <= priority < 2**63."""
+    tenant: str = ""
+    """Sequences of one priority share the engine evenly among tenants."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -217,6 +219,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """`time.monotonic()` seconds at which the sequence first joined a batch; 0 before."""
     error: str | None = None
     """Why the engine gave up, under FinishReason.ERROR."""
+    is_contradictory: bool = False
+    """Whether it did because what the request itself asks for left no token to sample."""
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,6 +22,10 @@ class EngineDeadError(Exception):
     """The engine ended, or could not start; the message says what is known about why."""
 
 
+class AbandonedError(EngineDeadError):
+    """The engine lives, but the server ends and gives up what runs."""
+
+
 class SequenceLostError(EngineDeadError):
     """The engine ended while the sequence had some of its outputs. Another one is being started."""
 
@@ -82,6 +86,9 @@ class EngineClient(Protocol):
         cancelling whoever reads it, aborts the sequence. While the engine is being replaced the sequence waits.
         Raises EngineDeadError, SequenceLostError, CrashingSequenceError.
         """
+
+    def abandon(self) -> None:
+        """Give up what runs: each sequence raises AbandonedError, and is aborted."""
 
     async def stop(self) -> None:
         """End the engine; idempotent. Sequences that still run raise EngineDeadError."""

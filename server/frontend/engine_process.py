@@ -50,9 +50,7 @@ class EngineProcess:
         except (asyncio.IncompleteReadError, OSError):
             code = await self._wait()
             return self._verdict or (LossCause.ENDED, f"the engine process ended with {_describe(code)}")
-        except (
-            Exception
-        ):  # garbage, or a bug of ours: with nobody to receive, every request would wait for ever
+        except Exception:  # garbage, or a bug: with nobody to receive, every request would wait for ever
             logger.exception("what the engine sent cannot be taken in")
             await self._kill_and_wait()
             return LossCause.GARBAGE, "the engine could not be understood"

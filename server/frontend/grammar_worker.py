@@ -11,6 +11,7 @@ import enum
 import resource
 import sys
 import threading
+from array import array
 from typing import IO
 
 import msgspec
@@ -75,15 +76,17 @@ def _serve(questions: IO[bytes], verdicts: IO[bytes]) -> None:
         return
     message = msgspec.msgpack.decode(payload, type=VocabularyMessage)
     vocabulary = Vocabulary(message.lengths, message.pieces, message.eos_token_id)
+    mask = array("I", bytes(4 * ((vocabulary.size + 31) // 32)))
     write_frame(verdicts, Verdict())  # ready
     while (payload := read_frame(questions)) is not None:
-        write_frame(verdicts, _judge(vocabulary, msgspec.msgpack.decode(payload, type=Question)))
+        write_frame(verdicts, _judge(vocabulary, mask, msgspec.msgpack.decode(payload, type=Question)))
 
 
-def _judge(vocabulary: Vocabulary, question: Question) -> Verdict:
+def _judge(vocabulary: Vocabulary, mask: array[int], question: Question) -> Verdict:
     try:
         grammar = _native(question)
-        vocabulary.compile(grammar)
+        # A grammar that no text matches compiles, too, as does one that is too ambiguous: the first mask tells.
+        vocabulary.compile(grammar).fill_mask(mask.buffer_info()[0], len(mask) * mask.itemsize)
     except GrammarError as error:
         return Verdict(error=str(error))
     return Verdict(grammar)

@@ -38,6 +38,7 @@ from server.engine.types import (
     Vocabulary,
 )
 from server.frontend.client import (
+    AbandonedError,
     CrashingSequenceError,
     EngineDeadError,
     EngineLoss,
@@ -171,6 +172,10 @@ class MailboxClient(abc.ABC):
             elif not finished and mailbox.is_sent and self._dead is None:
                 self._send(Abort([request.request_id]))
             self._clear(mailbox)
+
+    def abandon(self) -> None:
+        for mailbox in self._mailboxes.values():
+            mailbox.fail(AbandonedError())
 
     async def _make_vocabulary(self) -> None:
         self._vocabulary = await asyncio.to_thread(self.make_vocabulary)

@@ -40,6 +40,8 @@ class ProcessClient(MailboxClient):
         if self._supervising is not None:
             self._supervising.cancel()
             await asyncio.gather(self._supervising, return_exceptions=True)
+        if not self._is_up:
+            self._process.kill(LossCause.ENDED, "the server was stopped")  # it would load on before it noticed
         await self._process.stop()
         self._die("the engine was stopped")
 

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.api.support import LiveServer, fresh, live_server
+from tests.fixtures_tokenizers import gemma3_tokenizer, gemma3_tokenizer_file
+
+__all__ = ["gemma3_tokenizer", "gemma3_tokenizer_file"]
 
 
 @pytest.fixture(scope="session")

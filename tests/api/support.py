@@ -8,12 +8,12 @@ import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import uvicorn
+from fastapi import FastAPI
 
 from server.app import create_app
 from server.batches.store import Store
@@ -30,10 +30,12 @@ from server.engine.types import (
     StepStats,
     TokenLogprob,
 )
-from server.frontend.client import EngineDeadError, EngineLoss
+from server.frontend.client import AbandonedError, EngineDeadError, EngineLoss
 from server.frontend.mailbox import no_vocabulary
 from server.frontend.served_model import ServedModel
-from server.runtime import Phase, Runtime
+from server.http_server import HttpServer
+from server.runtime import Phase, Runtime, end_token_ids
+from server.tokenizer import Tokenizer
 from tests.fixtures_tokenizers import make_tiny_tokenizer
 
 MODEL = "google/gemma-tiny"
@@ -85,6 +87,10 @@ class FakeEngineClient:
         self.running: set[str] = set()
         self.aborted: list[str] = []
         self.is_stopped = False
+        self._abandoned = asyncio.Event()
+
+    def abandon(self) -> None:
+        self._abandoned.set()
 
     async def start(self, config: EngineConfig) -> EngineInfo:
         raise NotImplementedError
@@ -113,7 +119,10 @@ class FakeEngineClient:
         scheduled_at = time.monotonic()
         pending: list[int] = []
         for number, token_id in enumerate(self._token_ids()):
-            await asyncio.sleep(script.delay)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(script.delay):
+                    await self._abandoned.wait()
+                    raise AbandonedError
             if number == script.error_after:
                 yield SequenceOutput(
                     request_id=request.request_id,
@@ -189,21 +198,20 @@ class ScriptedRuntime(Runtime):
         self.grammars.close()
         await self.client.stop()
 
-    def load(self, max_model_len: int = MAX_MODEL_LEN) -> None:
-        assert END_OF_TURN is not None
+    def load(self, max_model_len: int = MAX_MODEL_LEN, tokenizer: Tokenizer = TOKENIZER) -> None:
         self.model = ServedModel(
             names=(MODEL, ALIAS),
             root="embedded",
             created=1_700_000_000,
-            tokenizer=TOKENIZER,
-            info=make_info(max_model_len),
-            stop_token_ids=(EOS, END_OF_TURN),
+            tokenizer=tokenizer,
+            info=make_info(max_model_len, tokenizer.vocab_size),
+            stop_token_ids=end_token_ids(tokenizer),
         )
         self.phase = Phase.READY
         self.metrics.set_model(self.model, 1.5)
 
 
-def make_info(max_model_len: int = MAX_MODEL_LEN) -> EngineInfo:
+def make_info(max_model_len: int = MAX_MODEL_LEN, vocab_size: int = VOCAB_SIZE) -> EngineInfo:
     return EngineInfo(
         device="cpu",
         dtype="float32",
@@ -213,7 +221,7 @@ def make_info(max_model_len: int = MAX_MODEL_LEN) -> EngineInfo:
         max_num_seqs=4,
         max_num_batched_tokens=64,
         max_sequence_tokens=max_model_len - MAX_MODEL_LEN + MAX_SEQUENCE_TOKENS,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         block_size=16,
         num_blocks={"full": 40, "sliding": 20},
         kv_cache_bytes=1,
@@ -225,9 +233,15 @@ class LiveServer:
     """A server on a real socket, its event loop in a thread."""
 
     def __init__(
-        self, server: uvicorn.Server, runtime: ScriptedRuntime, client: FakeEngineClient, port: int
+        self,
+        server: HttpServer,
+        runtime: ScriptedRuntime,
+        client: FakeEngineClient,
+        port: int,
+        thread: threading.Thread,
     ) -> None:
-        self._server = server
+        self._thread = thread
+        self.http_server = server
         self.runtime = runtime
         self.engine = client
         self.port = port
@@ -239,9 +253,14 @@ class LiveServer:
         return self.engine.script
 
     @property
+    def app(self) -> FastAPI:
+        app = self.http_server.config.app
+        assert isinstance(app, FastAPI)
+        return app
+
+    @property
     def in_flight(self) -> int:
-        app: Any = self._server.config.app
-        in_flight: int = app.state.admission.in_flight
+        in_flight: int = self.app.state.admission.in_flight
         return in_flight
 
     def chat(self, content: str = "ab", **fields: Any) -> httpx.Response:
@@ -263,8 +282,17 @@ class LiveServer:
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
 
     def end(self) -> None:
-        """Tell the server to end; it does when its last answer is complete."""
-        self._server.should_exit = True
+        """End the server, whatever runs."""
+        self.http_server.should_exit = True
+
+    def drain(self) -> None:
+        """What SIGTERM does, which cannot reach a server in a thread."""
+        self.http_server.end()
+        wait_until(lambda: self.runtime.is_draining)
+
+    def wait_end(self, seconds: float = 10.0) -> None:
+        self._thread.join(seconds)
+        assert not self._thread.is_alive()
 
     def assert_idle(self) -> None:
         """Soon nothing runs and no permit is held."""
@@ -282,7 +310,11 @@ def fresh(live: LiveServer) -> Iterator[LiveServer]:
 
 @contextmanager
 def live_server(
-    *, loaded: bool = True, max_model_len: int = MAX_MODEL_LEN, **options: Any
+    *,
+    loaded: bool = True,
+    max_model_len: int = MAX_MODEL_LEN,
+    tokenizer: Tokenizer = TOKENIZER,
+    **options: Any,
 ) -> Iterator[LiveServer]:
     engine = FakeEngineClient()
     config = ServerConfig(**options)
@@ -291,26 +323,14 @@ def live_server(
     if config.data_dir is not None:
         store = Store(config.data_dir, max_bytes=config.max_stored_bytes, max_files=config.max_stored_files)
     if loaded:
-        runtime.load(max_model_len)
+        runtime.load(max_model_len, tokenizer)
     # Named as TCP, or asyncio would leave Nagle's algorithm on, which costs each answer 40 ms.
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(runtime, store),
-                http="h11",
-                access_log=False,
-                log_level="critical",
-                timeout_graceful_shutdown=2,
-            )
-        )
-        live = LiveServer(server, runtime, engine, port)
-
-        def serve() -> None:
-            asyncio.run(server.serve(sockets=[listener]))
-
-        thread = threading.Thread(target=serve, daemon=True)
+        server = HttpServer(create_app(runtime, store), runtime)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+        live = LiveServer(server, runtime, engine, port, thread)
         thread.start()
         wait_until(lambda: server.started)
         try:
@@ -318,8 +338,7 @@ def live_server(
         finally:
             live.http.close()
             live.end()
-            thread.join(10)
-            assert not thread.is_alive()
+            live.wait_end()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

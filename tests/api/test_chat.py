@@ -116,6 +116,7 @@ def test_top_k_minus_one_is_taken_for_off(server: LiveServer) -> None:
     assert server.engine.submitted[0].params.top_k == 0
 
 
+@pytest.mark.covers("R20")
 def test_max_completion_tokens_wins_over_max_tokens(server: LiveServer) -> None:
     body = server.chat(max_tokens=9, max_completion_tokens=2).json()
     assert body["choices"][0]["finish_reason"] == "length"

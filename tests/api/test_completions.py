@@ -131,6 +131,7 @@ def test_offsets_of_a_character_of_several_tokens_are_the_character_s(server: Li
     assert logprobs["text_offset"] == [0, 0, 1, 1, 1, 1, 2]
 
 
+@pytest.mark.covers("R34")
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_can_be_scored_without_output(server: LiveServer, stream: bool) -> None:
     fields: dict[str, Any] = {"max_tokens": 0, "echo": True, "logprobs": 1}

@@ -16,6 +16,7 @@ def statuses(server: LiveServer) -> dict[str, int]:
     return {path: server.http.get(path).status_code for path in paths}
 
 
+@pytest.mark.covers("L05")
 def test_probes_tell_loading_from_ready_from_dead() -> None:
     with live_server(loaded=False) as server:
         server.runtime.stage, server.runtime.fraction = "weights", 0.25

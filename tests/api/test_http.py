@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.middleware import OPEN_PATHS
+from server.api.auth import OPEN_PATHS
 from tests.api.support import LiveServer, assert_error, live_server, wait_until
 
 PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
@@ -25,6 +25,7 @@ JSON = {"content-type": "application/json"}
 # --- bodies ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("R01", "R02", "R03", "R04", "R05")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "body",
@@ -59,18 +60,21 @@ def test_what_is_no_json_object_is_refused(server: LiveServer, path: str, body: 
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.covers("R02")
 def test_a_number_beyond_floats_is_refused_like_infinity(server: LiveServer) -> None:
     body = b'{"prompt": "a", "temperature": 1e400}'
     response = server.http.post("/v1/completions", content=body, headers=JSON)
     assert_error(response, 400, param="temperature")
 
 
+@pytest.mark.covers("R02")
 def test_of_duplicate_keys_the_last_counts(server: LiveServer) -> None:
     body = b'{"prompt": "a", "max_tokens": 0, "max_tokens": 3}'
     assert server.http.post("/v1/completions", content=body, headers=JSON).status_code == 200
     assert server.engine.submitted[0].params.max_tokens == 3
 
 
+@pytest.mark.covers("R09")
 @pytest.mark.parametrize("media_type", ["text/plain", "multipart/form-data; boundary=x", "application/x-json5"])
 def test_another_content_type_is_refused(server: LiveServer, media_type: str) -> None:
     response = server.http.post(
@@ -84,6 +88,7 @@ def test_json_may_be_called_so_or_go_without_a_type(server: LiveServer, headers:
     assert server.http.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers).status_code == 200
 
 
+@pytest.mark.covers("R08")
 def test_a_compressed_body_is_refused(server: LiveServer) -> None:
     headers = {**JSON, "content-encoding": "gzip"}
     assert_error(server.http.post("/v1/completions", content=b"\x1f\x8b", headers=headers), 415)
@@ -96,11 +101,13 @@ def small() -> Iterator[LiveServer]:
         yield live
 
 
+@pytest.mark.covers("R07")
 def test_a_body_over_the_limit_is_refused_by_its_header(small: LiveServer) -> None:
     assert "5000" in assert_error(small.complete("a" * 5000), 413, code="body_too_large")
     assert_error(small.complete("a" * 4900), 400, code="context_length_exceeded")
 
 
+@pytest.mark.covers("R07")
 def test_a_body_over_the_limit_is_refused_without_its_length_and_the_rest_unread(small: LiveServer) -> None:
     sent = 0
 
@@ -119,27 +126,29 @@ def test_a_body_over_the_limit_is_refused_without_its_length_and_the_rest_unread
     assert sent < 1 << 28
 
 
+@pytest.mark.covers("R08")
 def test_a_length_that_lies_harms_nobody(server: LiveServer) -> None:
     with server.connect() as sock:
         sock.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b'Content-Length: 500\r\n\r\n{"prompt": "a"}'
         )
     with (
         server.connect() as sock
     ):  # what follows the given length is another request, and none that makes sense
         sock.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b'Content-Length: 5\r\n\r\n{"prompt": "a"}'
         )
         assert b" 400 " in sock.recv(4096).partition(b"\r\n")[0]
     assert server.complete().status_code == 200
 
 
+@pytest.mark.covers("R08", "H02")
 def test_a_body_that_does_not_come_is_given_up(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.body.BODY_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("server.api.body.BODY_SECONDS", 0.05)
     with server.connect() as sock:
-        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
         answer = http.client.HTTPResponse(sock)
         answer.begin()
         assert answer.status == 408
@@ -149,6 +158,7 @@ def test_a_body_that_does_not_come_is_given_up(server: LiveServer, monkeypatch: 
 # --- paths and methods -------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("R10")
 @pytest.mark.parametrize(
     "path",
     ["/", "/nope", "/v1", "//v1/models", "/V1/models", "/v1/models/", "/v1/chat/completions/", "/v1/%2e%2e/x"],
@@ -162,6 +172,7 @@ def test_an_unknown_path_is_a_404_in_openai_s_shape(server: LiveServer, path: st
     connection.close()
 
 
+@pytest.mark.covers("R10")
 def test_another_method_is_a_405_that_names_the_right_one(server: LiveServer) -> None:
     response = server.http.get("/v1/chat/completions")
     assert_error(response, 405)
@@ -169,6 +180,7 @@ def test_another_method_is_a_405_that_names_the_right_one(server: LiveServer) ->
     assert_error(server.http.post("/v1/models"), 405)
 
 
+@pytest.mark.covers("H13")
 def test_options_get_no_cors_headers(server: LiveServer) -> None:
     response = server.http.options("/v1/models", headers={"origin": "https://evil.example"})
     assert response.status_code == 405
@@ -243,6 +255,7 @@ def paths_of(live: LiveServer) -> list[str]:
     return [*document["paths"], "/docs", "/redoc", "/openapi.json", "/nope", "/", "/v1/models/x/y"]
 
 
+@pytest.mark.covers("S01", "H15")
 def test_every_path_but_probes_and_metrics_needs_a_key(small: LiveServer) -> None:
     paths = paths_of(small)
     assert set(paths) >= OPEN_PATHS
@@ -261,6 +274,7 @@ def test_every_path_but_probes_and_metrics_needs_a_key(small: LiveServer) -> Non
                     assert_error(response, 401, code="invalid_api_key")
 
 
+@pytest.mark.covers("S01", "H14")
 @pytest.mark.parametrize(
     "headers",
     [
@@ -285,18 +299,21 @@ def test_no_other_way_in_than_a_key(small: LiveServer, headers: list[tuple[str, 
         assert stranger.get("/v1/models?key=first-key", headers=headers).status_code == 401
 
 
+@pytest.mark.covers("S01")
 def test_an_empty_key_locks_the_server_rather_than_opening_it() -> None:
     with live_server(api_key=[""]) as server:
         assert server.http.get("/v1/models").status_code == 401
         assert server.http.get("/v1/models", headers={"authorization": "Bearer"}).status_code == 401
 
 
+@pytest.mark.covers("S01")
 @pytest.mark.parametrize("value", ["Bearer first-key", "bearer second-key", "BEARER  first-key"])
 def test_each_key_lets_in(small: LiveServer, value: str) -> None:
     with httpx.Client(base_url=small.url) as client:
         assert client.get("/v1/models", headers={"authorization": value}).status_code == 200
 
 
+@pytest.mark.covers("S01", "R10")
 @pytest.mark.parametrize(
     "target", ["/livez/../v1/models", "//livez", "/livez/", "/LIVEZ", "/livez%2f..%2fv1/models"]
 )
@@ -307,6 +324,7 @@ def test_a_path_that_looks_open_is_not(small: LiveServer, target: str) -> None:
     connection.close()
 
 
+@pytest.mark.covers("S10")
 def test_keys_do_not_share_cached_prefixes(small: LiveServer) -> None:
     small.engine.submitted.clear()
 
@@ -335,8 +353,10 @@ def test_without_keys_all_share_prefixes_but_for_the_request_s_salt(server: Live
 # --- connections -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("H12")
 def test_pipelined_requests_are_answered_in_order(server: LiveServer) -> None:
-    request = b"GET /v1/models/tiny HTTP/1.1\r\nHost: x\r\n\r\nGET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+    host = b"HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    request = b"GET /v1/models/tiny " + host + b"GET /version " + host
     with server.connect() as sock:
         sock.sendall(request)
         data = b""
@@ -355,10 +375,11 @@ def test_junk_harms_nobody(server: LiveServer, junk: bytes) -> None:
     assert server.complete().status_code == 200
 
 
+@pytest.mark.covers("H01")
 def test_headers_have_a_bound(server: LiveServer) -> None:
     with server.connect() as sock:
         sock.settimeout(10)
-        sock.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000)
+        sock.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000)
         assert sock.recv(4096).startswith(b"HTTP/1.1 400")
 
 
@@ -371,11 +392,12 @@ def test_the_body_of_a_request_that_offers_http_2_is_read(server: LiveServer) ->
 def test_a_client_that_leaves_within_its_body_harms_nobody(server: LiveServer) -> None:
     for _ in range(20):
         with server.connect() as sock:
-            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     series = 'gemma_http_requests_total{code="499",route="/v1/completions"}'
     wait_until(lambda: server.metric(series) >= 20)
 
 
+@pytest.mark.covers("R03")
 def test_the_event_loop_does_not_stand_still_for_a_large_body(server: LiveServer) -> None:
     gaps = []
     over = threading.Event()

@@ -216,6 +216,7 @@ def test_a_middle_ends_where_another_would_begin(code_server: LiveServer) -> Non
     assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("ab", "stop", None)
 
 
+@pytest.mark.covers("S13")
 def test_control_tokens_in_prompt_and_suffix_are_text(code_server: LiveServer) -> None:
     code_server.complete("<|fim_middle|>", suffix="<bos><|file_separator|>", max_tokens=1)
     (ids,) = prompts(code_server)
@@ -239,6 +240,7 @@ def test_a_typed_infilling_prompt_is_taken_as_it_is(code_server: LiveServer) -> 
     assert prompts(code_server) == [[BOS, PREFIX, *ids_of("ab"), SUFFIX, *ids_of("us"), MIDDLE]]
 
 
+@pytest.mark.covers("R35")
 def test_a_model_without_the_tokens_refuses_a_suffix(server: LiveServer) -> None:
     message = assert_error(server.complete("a", suffix="b"), 400, param="suffix", code="unsupported_parameter")
     assert "CodeGemma" in message

@@ -150,6 +150,7 @@ def test_every_choice_and_prompt_has_the_grammar(server: LiveServer) -> None:
     assert len(server.engine.submitted) == 4
 
 
+@pytest.mark.covers("R27")
 @pytest.mark.parametrize(
     ("schema", "keyword"),
     [
@@ -173,6 +174,24 @@ def test_a_keyword_that_cannot_be_followed_is_named(
         message = assert_error(response, 400, param="response_format.json_schema.schema")
         assert keyword in message
     assert server.engine.submitted == []
+
+
+@pytest.mark.covers("R27")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guided_json": {"$ref": "#"}},
+        {
+            "guided_json": {
+                "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
+                "$ref": "#/$defs/a",
+            }
+        },
+        {"structured_outputs": {"json": {"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}}},
+    ],
+)
+def test_a_form_that_no_text_has_is_refused(server: LiveServer, fields: dict[str, Any]) -> None:
+    assert "no text matches it" in assert_error(server.chat("ab", **fields), 400)
 
 
 def chain(count: int) -> str:
@@ -202,6 +221,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.covers("R27")
 @pytest.mark.parametrize("fields", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_grammar_is_refused_soon_and_holds_nobody_up(
     server: LiveServer, fields: dict[str, Any]
@@ -250,6 +270,7 @@ def test_too_many_grammars_at_once_are_refused_with_429(
     server.assert_idle()
 
 
+@pytest.mark.covers("R28")
 def test_the_checker_forgets_what_was_asked_for_longest_ago(
     server: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -253,6 +254,7 @@ def function(**fields: Any) -> dict[str, Any]:
     return {"tools": [{"type": "function", "function": {"name": "f", **fields}}]}
 
 
+@pytest.mark.covers("R29")
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -271,7 +273,7 @@ def function(**fields: Any) -> dict[str, Any]:
         (function(parameters={"type": "array"}), "tools[0].function.parameters"),
         (function(parameters={"properties": {"a": {"type": "nothing"}}}), "tools[0].function.parameters"),
         (function(parameters={"properties": {"a": {"not": {}}}}, strict=True), "tools[0].function.parameters"),
-        (function(parameters={"description": "a" * 300_000}), "tools[0].function.parameters"),
+        (function(parameters={"description": "a" * 300_000}), "tools"),
         (function(parameters={"properties": {"a": {"$ref": "#/$defs/b"}}}), "tools[0].function.parameters"),
         (function(parameters={"properties": {"a": {"pattern": "("}}}), "tools[0].function.parameters"),
         ({"tool_choice": "auto"}, "tool_choice"),
@@ -319,6 +321,7 @@ def calls(*ids: str, **fields: Any) -> dict[str, Any]:
 RESULT = {"role": "tool", "tool_call_id": "1", "content": "r"}
 
 
+@pytest.mark.covers("R13")
 @pytest.mark.parametrize(
     ("messages", "param"),
     [
@@ -372,3 +375,12 @@ def test_arguments_are_valid_json_whatever_is_in_them(server: LiveServer) -> Non
     server.script.text = f'{{"name": "get", "parameters": {arguments}}}'
     call = server.chat(tools=TOOLS).json()["choices"][0]["message"]["tool_calls"][0]
     assert call["function"]["arguments"] == arguments
+
+
+@pytest.mark.covers("R29", "S23")
+def test_tools_that_are_too_large_together_are_refused_before_any_is_compiled(server: LiveServer) -> None:
+    properties = {f"property{number}": {"type": "string"} for number in range(500)}
+    tools = [function(name=f"f{i}", parameters={"properties": properties})["tools"][0] for i in range(20)]
+    started = time.monotonic()
+    assert "at most 262144" in assert_error(server.chat(tools=tools), 400, param="tools")
+    assert time.monotonic() - started < 2

@@ -230,6 +230,7 @@ CHANGES_NOTHING = {
 }
 
 
+@pytest.mark.covers("R22")
 def test_sequences_are_counted_before_any_is_made(server: LiveServer) -> None:
     response = server.complete(["a"] * 9, n=128, logit_bias={str(VOCAB_SIZE): 1})
     assert_error(response, 400, param="n")
@@ -247,6 +248,7 @@ def check_refused(server: LiveServer, path: str, body: dict[str, Any], fields: d
     assert server.engine.submitted == []
 
 
+@pytest.mark.covers("R11", "R12", "R20", "R21", "R22", "R23", "R24", "R25", "R26", "R27", "R31", "R35")
 @pytest.mark.parametrize(
     "fields", BAD_COMMON_FIELDS + BAD_CHAT_FIELDS + BAD_FORMS + CHANGES_MEANING, ids=lambda f: str(f)[:50]
 )
@@ -254,6 +256,7 @@ def test_a_chat_with_a_bad_field_is_refused_by_name(server: LiveServer, fields: 
     check_refused(server, "/v1/chat/completions", {"messages": USER}, fields)
 
 
+@pytest.mark.covers("R15", "R16", "R20", "R21", "R22", "R23", "R24", "R25", "R26", "R27", "R31", "R35")
 @pytest.mark.parametrize(
     "fields", BAD_COMMON_FIELDS + BAD_COMPLETION_FIELDS + BAD_FORMS + CHANGES_MEANING, ids=lambda f: str(f)[:50]
 )
@@ -276,6 +279,7 @@ def test_a_message_names_limit_and_value(server: LiveServer) -> None:
     assert str(VOCAB_SIZE - 1) in message
 
 
+@pytest.mark.covers("R01")
 def test_a_missing_field_is_named(server: LiveServer) -> None:
     response = server.http.post("/v1/chat/completions", json={})
     assert_error(response, 400, param="messages", code="missing_required_parameter")
@@ -287,6 +291,7 @@ def test_values_that_ask_for_nothing_are_taken_and_not_reported(server: LiveServ
         assert "x-ignored-fields" not in response.headers
 
 
+@pytest.mark.covers("R32")
 def test_fields_without_effect_are_named_in_a_header(server: LiveServer) -> None:
     fields = {"user": "someone", "store": True, "metadata": {}, "frobnicate": 1, "service_tier": "flex"}
     named = "frobnicate, metadata, service_tier, store, user"
@@ -316,6 +321,7 @@ def test_a_field_s_name_cannot_break_the_header(server: LiveServer) -> None:
     assert len(response.headers["x-ignored-fields"]) < 20_000
 
 
+@pytest.mark.covers("R32")
 def test_strict_mode_refuses_whatever_would_be_ignored() -> None:
     with live_server(strict=True) as server:
         for ask in (server.chat, server.complete):
@@ -329,6 +335,7 @@ def test_strict_mode_refuses_whatever_would_be_ignored() -> None:
             assert "x-ignored-fields" not in response.headers
 
 
+@pytest.mark.covers("R18", "R19")
 @pytest.mark.parametrize(
     ("num_prompt", "max_tokens", "status"),
     [
@@ -356,6 +363,7 @@ def test_what_cannot_fit_is_refused_before_the_engine(
         assert server.engine.submitted == []
 
 
+@pytest.mark.covers("R18", "R19")
 def test_the_refusal_says_whether_model_or_memory_is_the_limit(server: LiveServer) -> None:
     over_model = assert_error(server.complete([BOS] * MAX_MODEL_LEN), 400, param="prompt")
     over_pool = assert_error(server.complete([BOS] * MAX_SEQUENCE_TOKENS), 400, param="prompt")
@@ -384,6 +392,7 @@ def test_a_long_text_is_tokenized_off_the_event_loop_with_the_same_result(server
         assert ids == [BOS, *TOKENIZER.encode_text("ab " * 600)]
 
 
+@pytest.mark.covers("R17")
 @pytest.mark.parametrize("token", sorted(TOKENIZER.control_token_ids))
 def test_every_control_token_may_be_typed(server: LiveServer, token: int) -> None:
     text = TOKENIZER.token_text(token)
@@ -393,6 +402,7 @@ def test_every_control_token_may_be_typed(server: LiveServer, token: int) -> Non
     assert server.chat(stop=text).status_code == 200
 
 
+@pytest.mark.covers("R06")
 @pytest.mark.parametrize("text", ["\0", "\u2028", "\u202eabc", "a\u0301" * 8, "\ufeff", "👨‍👩‍👧"])
 def test_unusual_text_comes_back_as_it_went(server: LiveServer, text: str) -> None:
     assert server.complete(text, echo=True, max_tokens=1).json()["choices"][0]["text"].startswith(text)
@@ -400,6 +410,7 @@ def test_unusual_text_comes_back_as_it_went(server: LiveServer, text: str) -> No
     assert server.http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": text}
 
 
+@pytest.mark.covers("R11", "S05")
 @pytest.mark.parametrize("name", ["nope", "", "x" * 1_000_000, "../../etc/passwd", "gemmä"])
 def test_an_unknown_model_is_a_404(server: LiveServer, name: str) -> None:
     for response in (

@@ -98,6 +98,7 @@ async def test_a_reader_that_stops_frees_the_sequence(engine: Watched) -> None:
     assert sum(step.num_decode_tokens for step in engine.steps) < 400
 
 
+@pytest.mark.covers("R18")
 async def test_what_can_never_fit_is_ended_with_a_reason(engine: Watched) -> None:
     whole = await engine.run(make_request("a", prompt=(2,) * 512))
     assert whole.finish_reason is FinishReason.ERROR

@@ -20,6 +20,7 @@ AT_ONCE = 50
 SLOWEST_SECONDS = 30.0
 
 
+@pytest.mark.covers("R33")
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_no_request_of_five_thousand_breaks_the_server(tiny_checkpoint: Path, tmp_path: Path) -> None:

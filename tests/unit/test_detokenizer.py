@@ -37,6 +37,7 @@ def test_streamed_pieces_join_to_the_text_without_a_replacement_character(
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.covers("R06")
 def test_random_ids_stream_to_what_decode_gives(real_tokenizer: Tokenizer) -> None:
     rng = random.Random(3)
     for _ in range(1000):

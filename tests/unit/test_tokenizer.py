@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def test_splitting_at_control_tokens_equals_the_librarys_own_parse(
         assert ours.encode_controls(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
 
 
+@pytest.mark.covers("S12")
 def test_text_mode_never_yields_a_control_token(real_tokenizer: Tokenizer) -> None:
     rng = random.Random(8)
     parts = [
@@ -196,6 +198,7 @@ def test_turn_tokens_are_control_even_where_the_file_does_not_say_so() -> None:
     assert not tokenizer.control_token_ids.intersection(tokenizer.encode_text("<start_of_turn><end_of_turn>"))
 
 
+@pytest.mark.covers("S09")
 def test_a_file_that_is_no_tokenizer_is_refused_with_its_name(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
@@ -203,6 +206,7 @@ def test_a_file_that_is_no_tokenizer_is_refused_with_its_name(tmp_path: Path) ->
         Tokenizer.from_file(path)
 
 
+@pytest.mark.covers("S09")
 def test_a_tokenizer_of_another_kind_is_refused() -> None:
     content = json.loads(make_tiny_tokenizer_json())
     other = {
@@ -213,7 +217,17 @@ def test_a_tokenizer_of_another_kind_is_refused() -> None:
         Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(other)))
 
 
+@pytest.mark.covers("S09")
 def test_a_tokenizer_without_bos_is_refused() -> None:
     backend = tokenizers.Tokenizer.from_buffer(make_tiny_tokenizer_json().replace(b"<bos>", b"<b_o_s>"))
     with pytest.raises(TokenizerError, match="no <bos> token"):
         Tokenizer(backend)
+
+
+@pytest.mark.covers("S23")
+def test_the_text_of_a_million_tokens_takes_no_time(tiny_tokenizer: Tokenizer) -> None:
+    ids = list(range(300)) * 5000
+    started = time.process_time()
+    text = tiny_tokenizer.decode(ids)
+    assert time.process_time() - started < 1
+    assert text == tiny_tokenizer.decode(ids[:300]) * 5000

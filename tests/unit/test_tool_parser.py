@@ -45,6 +45,7 @@ def parse(parts: Sequence[str], names: Sequence[str] = NAMES) -> tuple[str, list
     return text, calls, parser.has_whole_calls
 
 
+@pytest.mark.covers("R30")
 @pytest.mark.parametrize(
     ("text", "expected_text", "expected_calls"),
     [
@@ -120,6 +121,7 @@ def test_text_is_held_back_only_while_it_may_begin_a_call(text: str) -> None:
             assert finder.held.lstrip()[0] in "`[{"
 
 
+@pytest.mark.covers("R30")
 @pytest.mark.parametrize(
     "text",
     [

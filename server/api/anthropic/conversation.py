@@ -17,7 +17,8 @@ from server.api.tools import DeclaredTool, ToolChoice
 from server.chat_template import ChatMessage, join_text_parts
 from server.errors import InvalidRequestError, shown
 from server.frontend.grammar_check import GrammarChecker
-from server.frontend.tool_grammar import ToolPlan
+from server.frontend.served_model import ServedModel
+from server.frontend.tool_plan import ToolPlan
 from server.tool_format import Tool, ToolCall
 
 _PARAGRAPH = "\n\n"
@@ -47,12 +48,14 @@ def conversation(body: CountTokensRequest) -> list[ChatMessage]:
     return messages
 
 
-async def tool_plan(body: CountTokensRequest, grammars: GrammarChecker) -> tuple[ToolPlan, list[str]]:
+async def tool_plan(
+    body: CountTokensRequest, model: ServedModel, grammars: GrammarChecker
+) -> tuple[ToolPlan, list[str]]:
     """As `plan_tools`."""
     choice = body.tool_choice
     is_parallel = choice is None or not choice.disable_parallel_tool_use
     declared = [_declared(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
-    return await plan_tools(declared, _tool_choice(choice), grammars, is_parallel=is_parallel)
+    return await plan_tools(declared, _tool_choice(choice), model, grammars, is_parallel=is_parallel)
 
 
 def _system(body: CountTokensRequest) -> Iterator[ChatMessage]:
@@ -64,7 +67,7 @@ def _system(body: CountTokensRequest) -> Iterator[ChatMessage]:
 
 def _assistant_message(blocks: Sequence[ContentBlock], param: str) -> ChatMessage:
     texts: list[str] = []
-    calls: list[ToolCall] = []
+    calls: dict[str, ToolCall] = {}
     for index, block in enumerate(blocks):
         where = f"{param}.content[{index}]"
         match block.type:
@@ -72,16 +75,16 @@ def _assistant_message(blocks: Sequence[ContentBlock], param: str) -> ChatMessag
                 texts.append(_needed(block.text, f"{where}.text"))
             case "tool_use":
                 call_id = _needed(block.id, f"{where}.id")
-                if any(call.id == call_id for call in calls):
+                if call_id in calls:
                     raise InvalidRequestError(
                         f"'{where}.id' is {shown(call_id)}, as that of a block before it; ids must be unique.",
                         param=f"{where}.id",
                     )
                 arguments = json.dumps(_needed(block.input, f"{where}.input"), ensure_ascii=False)
-                calls.append(ToolCall(call_id, _needed(block.name, f"{where}.name"), arguments))
+                calls[call_id] = ToolCall(call_id, _needed(block.name, f"{where}.name"), arguments)
             case "tool_result":
                 raise _misplaced(block, where, "a user's")
-    return ChatMessage("assistant", _PARAGRAPH.join(texts), tuple(calls))
+    return ChatMessage("assistant", _PARAGRAPH.join(texts), tuple(calls.values()))
 
 
 def _user_messages(blocks: Sequence[ContentBlock], param: str, calls: set[str]) -> Iterator[ChatMessage]:

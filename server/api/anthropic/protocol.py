@@ -8,9 +8,7 @@ from pydantic import Field
 
 from server.api.field_types import WireModel
 from server.api.protocol import MESSAGES, MODEL, STREAM, TOP_P, TextPart
-
-MAX_STOP_SEQUENCES = 4
-MAX_STOP_CHARS = 1000
+from server.limits import MAX_NAME_CHARS, MAX_STOP_CHARS, MAX_STOP_STRINGS
 
 StopSequence = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TextBlocks = Annotated[list[TextPart], Field(fail_fast=True)]
@@ -22,7 +20,9 @@ class ContentBlock(WireModel):
     type: Literal["text", "tool_use", "tool_result"] = Field(description="The kind of block. Required.")
     text: str | None = Field(None, description="Of a `text`. Default: none, in others.")
     id: str | None = Field(None, min_length=1, description="Of a `tool_use`. Default: none, in others.")
-    name: str | None = Field(None, description="Of a `tool_use`. Default: none, in others.")
+    name: str | None = Field(
+        None, max_length=MAX_NAME_CHARS, description="Of a `tool_use`. Default: none, in others."
+    )
     input: dict[str, Any] | None = Field(None, description="Of a `tool_use`. Default: none, in others.")
     tool_use_id: str | None = Field(None, description="Of a `tool_result`. Default: none, in others.")
     content: str | TextBlocks | None = Field(None, description="Of a `tool_result`; only text. Default: empty.")
@@ -79,7 +79,7 @@ class MessagesRequest(CountTokensRequest):
     )
     stop_sequences: Annotated[list[StopSequence], Field(fail_fast=True)] | None = Field(
         None,
-        max_length=MAX_STOP_SEQUENCES,
+        max_length=MAX_STOP_STRINGS,
         description="Texts that end the output; they are not part of it. Default: none.",
     )
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy. Default: 1.")

@@ -46,17 +46,22 @@ def conversation(body: ResponsesRequest) -> list[ChatMessage]:
     if isinstance(body.input, str):
         return [*messages, ChatMessage("user", body.input)]
     called: set[str] = set()
+    calls: dict[str, ToolCall] = {}  # of the last message, which is the assistant's
     for index, item in enumerate(body.input):
         param = f"input[{index}]"
         match item.type:
             case "message":
+                _close(messages, calls)
                 role = _needed(item.role, f"{param}.role")
                 messages.append(ChatMessage(role, _text(item.content, f"{param}.content")))
             case "function_call":
                 call = _call(item, param)
                 called.add(call.id)
-                _append_call(messages, call, param)
+                if not messages or messages[-1].role != "assistant":
+                    messages.append(ChatMessage("assistant", ""))
+                _add_call(calls, call, param)
             case "function_call_output":
+                _close(messages, calls)
                 call_id = _needed(item.call_id, f"{param}.call_id")
                 if call_id not in called:
                     raise InvalidRequestError(
@@ -66,6 +71,7 @@ def conversation(body: ResponsesRequest) -> list[ChatMessage]:
                     )
                 text = _text(item.output, f"{param}.output")
                 messages.append(ChatMessage("tool", text, call_id=call_id))
+    _close(messages, calls)
     return messages
 
 
@@ -100,18 +106,20 @@ def _call(item: InputItem, param: str) -> ToolCall:
     )
 
 
-def _append_call(messages: list[ChatMessage], call: ToolCall, param: str) -> None:
-    """Calls that follow one another, or a message of the assistant, are of one turn."""
-    last = messages[-1] if messages and messages[-1].role == "assistant" else None
-    if last is None:
-        messages.append(ChatMessage("assistant", "", (call,)))
-        return
-    if any(call.id == other.id for other in last.calls):
+def _add_call(calls: dict[str, ToolCall], call: ToolCall, param: str) -> None:
+    if call.id in calls:
         raise InvalidRequestError(
             f"'{param}.call_id' is {shown(call.id)}, as that of a call before it; ids must be unique.",
             param=f"{param}.call_id",
         )
-    messages[-1] = dataclasses.replace(last, calls=(*last.calls, call))
+    calls[call.id] = call
+
+
+def _close(messages: list[ChatMessage], calls: dict[str, ToolCall]) -> None:
+    """Calls that follow one another, or a message of the assistant, are of one turn, which ends here."""
+    if calls:
+        messages[-1] = dataclasses.replace(messages[-1], calls=tuple(calls.values()))
+        calls.clear()
 
 
 def _text(content: str | Sequence[InputContent] | None, param: str) -> str:

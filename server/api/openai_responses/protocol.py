@@ -8,8 +8,9 @@ from pydantic import Field
 
 from server.api.field_types import WireModel
 from server.api.formats import FORM, FORM_DESCRIPTION, FORM_NAME, FORM_STRICT, JsonSchema
-from server.api.protocol import MAX_MESSAGES, MODEL, STREAM, TOP_P
+from server.api.protocol import MODEL, STREAM, TOP_P
 from server.api.tools import ToolChoiceField
+from server.limits import MAX_MESSAGES, MAX_NAME_CHARS
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` can ask for here."""
@@ -38,7 +39,11 @@ class InputItem(WireModel):
     call_id: str | None = Field(
         None, min_length=1, description="Of a call and of its output. Default: none, in others."
     )
-    name: str | None = Field(None, description="Of a call: the function's. Default: none, in others.")
+    name: str | None = Field(
+        None,
+        max_length=MAX_NAME_CHARS,
+        description="Of a call: the function's. Default: none, in others.",
+    )
     arguments: str | None = Field(
         None, description="Of a call: JSON, as the model wrote it. Default: none, in others."
     )
