@@ -70,6 +70,10 @@ bench-batch: $(DEV)  ## What clients notice of a batch that runs beside them
 bench-peers: $(DEV)  ## Measure vLLM, llama.cpp and this server in one run for docs/performance.md; ARGS="--help" lists its options
 	@$(BIN)/python -m benchmarks.peers.run $(ARGS)
 
+.PHONY: rolling-restart
+rolling-restart: $(DEV)  ## Restart two replicas in turn behind HAProxy, while 80 streams run
+	@$(BIN)/python -m pytest -m slow -s tests/e2e/test_rolling_restart.py $(ARGS)
+
 .PHONY: fuzz
 fuzz: $(DEV)  ## 5,000 requests made from the OpenAPI document, right and wrong ones, to a real server
 	@$(BIN)/python -m pytest -m slow tests/fuzz $(ARGS)
@@ -96,8 +100,9 @@ test-sdk: $(DEV)  ## Run the official SDKs and an agent framework against the em
 	@$(BIN)/python -m pytest -m "not gpu and not network" tests/sdk $(ARGS)
 
 .PHONY: docs
-docs: $(DEV)  ## Write docs/options.md from the options, and docs/reliability.md from the cases and their tests
+docs: $(DEV)  ## Write docs/options.md, docs/limits.md and docs/reliability.md from what they are made of
 	@$(BIN)/python -m tools.gen_options
+	@$(BIN)/python -m tools.gen_limits
 	@$(BIN)/python -m tools.gen_reliability
 
 .PHONY: setup

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from server.api.responses import encode
 from server.errors import ApiError, InvalidHttpError, RequestTimeoutError, TooManyConnectionsError
@@ -169,7 +169,7 @@ class Connection(H11Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what is no request, or is not taken as one, and close the connection."""
-        cycle: Any = self.cycle  # None before the first request, whatever its type says
+        cycle: RequestResponseCycle | None = self.cycle
         if cycle is None or cycle.response_complete or not cycle.response_started:
             body = encode(error.body())
             headers = {

@@ -14,6 +14,7 @@ import pytest
 
 from server.config import ServerConfig, option_name, variable_name
 from tools import gen_reliability
+from tools.gen_limits import LIMITS_PAGE, limits_page
 from tools.gen_options import OPTIONS_PAGE, options_page
 
 ROOT = Path(__file__).parent.parent
@@ -169,6 +170,10 @@ def test_nothing_waits_by_a_clock_that_can_be_set() -> None:
 
 def test_the_options_page_is_up_to_date() -> None:
     assert OPTIONS_PAGE.read_text(encoding="utf-8") == options_page(), "run `make docs`"
+
+
+def test_the_limits_page_is_up_to_date() -> None:
+    assert LIMITS_PAGE.read_text(encoding="utf-8") == limits_page(), "run `make docs`"
 
 
 def test_every_case_of_reliability_is_shown_by_a_test_or_has_its_reason() -> None:

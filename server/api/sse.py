@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # It would log every chunk at `debug`: prompts and answers do not belong in a log.
 logging.getLogger("sse_starlette").setLevel(logging.INFO)
 # It would cut every stream as soon as the server is told to end, which has its own way of ending (http_server).
-AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # the library has no types there
+AppStatus.enable_automatic_graceful_drain = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,9 @@
-"""How long the event loop stands still: what a probe waits while something else is asked for."""
+"""How long the event loop stands still: what a probe waits while something else is asked for, and how much of
+the processor's time one of the loop's callbacks takes, which does not depend on what else the machine does."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 import time
@@ -9,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 import httpx
+import pytest
 
 POLL_SECONDS = 0.01
 
@@ -52,3 +55,19 @@ class LoopProbe:
                 assert client.get("/livez").status_code == 200
                 self.seconds.append(time.monotonic() - started)
                 time.sleep(POLL_SECONDS)
+
+
+class LoopMeter:
+    """Measures the callbacks of all event loops of this process, which so far are in other threads."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.worst = 0.0
+        """Seconds of processor time that the longest callback took."""
+        run = asyncio.Handle._run  # type: ignore[attr-defined]
+
+        def measured(handle: asyncio.Handle) -> None:
+            started = time.thread_time()
+            run(handle)
+            self.worst = max(self.worst, time.thread_time() - started)
+
+        monkeypatch.setattr(asyncio.Handle, "_run", measured)

@@ -7,7 +7,6 @@ import json
 import logging
 import re
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -395,33 +394,3 @@ def test_a_client_that_leaves_within_its_body_harms_nobody(server: LiveServer) -
             sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     series = 'gemma_http_requests_total{code="499",route="/v1/completions"}'
     wait_until(lambda: server.metric(series) >= 20)
-
-
-@pytest.mark.covers("R03")
-def test_the_event_loop_does_not_stand_still_for_a_large_body(server: LiveServer) -> None:
-    gaps = []
-    over = threading.Event()
-
-    def probe() -> None:
-        with httpx.Client(base_url=server.url) as client:
-            while not over.is_set() or not gaps:
-                started = time.monotonic()
-                client.get("/livez")
-                gaps.append(time.monotonic() - started)
-
-    thread = threading.Thread(target=probe)
-    thread.start()
-    try:
-        for path, body in (
-            ("/v1/completions", b"[" * 100_000),
-            ("/v1/completions", json.dumps({"prompt": "a" * 8_000_000}).encode()),
-            ("/v1/completions", json.dumps({"prompt": ["a"] * 1024, "n": 128}).encode()),
-            ("/v1/completions", json.dumps({"prompt": "a", **{f"f{i}": 1 for i in range(100_000)}}).encode()),
-            ("/detokenize", json.dumps({"tokens": ["a"] * 1_000_000}).encode()),
-            ("/detokenize", json.dumps({"tokens": [8] * 1_000_000}).encode()),
-        ):
-            server.http.post(path, content=body, headers=JSON)
-    finally:
-        over.set()
-        thread.join()
-    assert max(gaps) < 3  # far more than it takes, for the sake of busy machines
