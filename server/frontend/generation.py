@@ -19,13 +19,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from server.engine.types import (
+    NOTHING_LEFT,
     FinishReason,
     GenerateRequest,
     PromptTokenLogprob,
     SamplingParams,
     SequenceOutput,
 )
-from server.errors import EngineUnavailableError, GenerationError
+from server.errors import EngineUnavailableError, GenerationError, NothingLeftError
 from server.frontend.admission import Permit
 from server.frontend.client import EngineClient, EngineDeadError
 from server.frontend.request_state import RequestState, StopConditions, TextDelta
@@ -102,7 +103,8 @@ class Generation:
         return state.sum_of_logprobs / max(state.num_generated, 1)
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
-        """What the choices gain, as it comes. Raises GenerationError, EngineUnavailableError."""
+        """What the choices gain, as it comes. Raises GenerationError, NothingLeftError and
+        EngineUnavailableError."""
         try:
             source = self._choices[0].deltas() if len(self._choices) == 1 else self._merged()
             async with aclosing(source):
@@ -187,6 +189,8 @@ class _Choice:
                 async for output in outputs:
                     if output.finish_reason is FinishReason.ERROR:
                         finish_reason = FinishReason.ERROR
+                        if output.error == NOTHING_LEFT:
+                            raise NothingLeftError
                         logger.error("request %s: the engine gave up: %s", request.request_id, output.error)
                         raise GenerationError("The engine could not complete this request.")
                     prompt_logprobs = prompt_logprobs or output.prompt_logprobs
