@@ -2,8 +2,7 @@
 
     ApiError                         status  code
     ├── InvalidRequestError             400  invalid_value, or as given
-    │   ├── ContextLengthError          400  context_length_exceeded
-    │   └── NothingLeftError            400  no_token_left
+    │   └── ContextLengthError          400  context_length_exceeded
     ├── AuthenticationError             401  invalid_api_key
     ├── ModelNotFoundError              404  model_not_found
     ├── ResponseNotFoundError           404  response_not_found
@@ -69,18 +68,6 @@ class InvalidRequestError(ApiError):
 
 class ContextLengthError(InvalidRequestError):
     default_code = "context_length_exceeded"
-
-
-class NothingLeftError(InvalidRequestError):
-    """What the request asks of its tokens contradicts itself, which shows only where it does."""
-
-    default_code = "no_token_left"
-
-    def __init__(self) -> None:
-        super().__init__(
-            "No token can come next: the form of the output, 'min_tokens', 'allowed_token_ids' and 'bad_words' "
-            "leave none together. Ask for less."
-        )
 
 
 class AuthenticationError(ApiError):

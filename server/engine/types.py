@@ -17,9 +17,6 @@ import enum
 
 import msgspec
 
-NOTHING_LEFT = "no token is left to sample: every logit is minus infinity"
-"""The `SequenceOutput.error` of a sequence whose constraints contradict each other."""
-
 
 class FinishReason(enum.StrEnum):
     """Why a sequence ended."""

@@ -19,14 +19,13 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from server.engine.types import (
-    NOTHING_LEFT,
     FinishReason,
     GenerateRequest,
     PromptTokenLogprob,
     SamplingParams,
     SequenceOutput,
 )
-from server.errors import EngineUnavailableError, GenerationError, NothingLeftError
+from server.errors import EngineUnavailableError, GenerationError
 from server.frontend.admission import Permit
 from server.frontend.client import EngineClient, EngineDeadError
 from server.frontend.request_state import RequestState, StopConditions, TextDelta
@@ -103,8 +102,7 @@ class Generation:
         return state.sum_of_logprobs / max(state.num_generated, 1)
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
-        """What the choices gain, as it comes. Raises GenerationError, NothingLeftError and
-        EngineUnavailableError."""
+        """What the choices gain, as it comes. Raises GenerationError, EngineUnavailableError."""
         try:
             source = self._choices[0].deltas() if len(self._choices) == 1 else self._merged()
             async with aclosing(source):
@@ -189,8 +187,6 @@ class _Choice:
                 async for output in outputs:
                     if output.finish_reason is FinishReason.ERROR:
                         finish_reason = FinishReason.ERROR
-                        if output.error == NOTHING_LEFT:
-                            raise NothingLeftError
                         logger.error("request %s: the engine gave up: %s", request.request_id, output.error)
                         raise GenerationError("The engine could not complete this request.")
                     prompt_logprobs = prompt_logprobs or output.prompt_logprobs

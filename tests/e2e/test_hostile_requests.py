@@ -236,7 +236,7 @@ def send_monsters(server: ServerProcess, *, every: int) -> None:
             response = client.post(path, json={**body, field: MONSTERS[name]})
             seconds = time.monotonic() - started
             assert response.status_code < 500, (path, field, name, response.text[:500])
-            assert seconds < 5, (path, field, name, seconds)
+            assert seconds < 10, (path, field, name, seconds)
 
 
 @pytest.mark.covers("S23")
@@ -301,7 +301,7 @@ def test_a_form_that_is_hard_is_refused_or_followed_and_never_dropped(alive: Ser
 
 
 CONTRADICTIONS: list[dict[str, Any]] = [
-    {"guided_choice": ["a"], "min_tokens": 5},
+    {"guided_choice": [""], "min_tokens": 1},
     {"guided_regex": "", "ignore_eos": True},
     {"guided_json": {"type": "object"}, "allowed_token_ids": [9]},
     {"allowed_token_ids": [266], "bad_words": ["b"]},
@@ -315,9 +315,9 @@ def test_demands_that_contradict_each_other_are_the_client_s_mistake(alive: Serv
             body = {"prompt": "a", "max_tokens": 8, **fields}
             whole = client.post("/v1/completions", json=body)
             assert whole.status_code == 400, (fields, whole.text)
-            assert whole.json()["error"]["code"] == "no_token_left"
+            assert whole.json()["error"]["code"] == "contradictory_constraints"
             streamed = client.post("/v1/completions", json={**body, "stream": True})
-            assert '"code":"no_token_left"' in streamed.text
+            assert '"code":"contradictory_constraints"' in streamed.text
 
 
 @pytest.mark.covers("R05")

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from server.engine.sampling import native_sampler
 from server.engine.sampling.rng import uniform
 from server.engine.sampling.token_counts import TokenCounts
-from server.engine.sampling.types import LOGPROB_FLOOR, NOT_FINITE, SampledToken
+from server.engine.sampling.types import LOGPROB_FLOOR, NOT_FINITE, NOTHING_LEFT, SampledToken
 from server.engine.sequence import Sequence
-from server.engine.types import NOTHING_LEFT, TokenLogprob
+from server.engine.types import TokenLogprob
 from tests.unit.samplers import LEVELS, allow, native_sampler_of
 from tests.unit.sampling_oracle import adjusted, sequence, survivors
 

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from server.engine.backend.native_calls import LogprobsCall, SampleCall, SampleResult, SampleRow
 from server.engine.sampling.rng import uniform
 from server.engine.sampling.token_counts import TokenCounts
-from server.engine.sampling.types import NOT_FINITE, SampledToken, TokenMask, is_greedy
+from server.engine.sampling.types import NOT_FINITE, NOTHING_LEFT, SampledToken, TokenMask, is_greedy
 from server.engine.sequence import Sequence
-from server.engine.types import NOTHING_LEFT, PromptTokenLogprob, TokenLogprob
+from server.engine.types import PromptTokenLogprob, TokenLogprob
 
 Logits = NDArray[np.float32]
 

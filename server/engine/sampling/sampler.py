@@ -32,9 +32,9 @@ from server.engine.sampling.draw import (
 )
 from server.engine.sampling.logprobs import gather_logprobs, prompt_logprobs
 from server.engine.sampling.penalties import adjust_logits
-from server.engine.sampling.types import NOT_FINITE, SampledToken, TokenMask, is_greedy
+from server.engine.sampling.types import NOT_FINITE, NOTHING_LEFT, SampledToken, TokenMask, is_greedy
 from server.engine.sequence import Sequence
-from server.engine.types import NOTHING_LEFT, PromptTokenLogprob, SamplingParams
+from server.engine.types import PromptTokenLogprob, SamplingParams
 
 _NUM_CANDIDATES = 256
 """Candidates for a row without top_k. A nucleus that holds more is found by `BlockedLogits.at_least`."""

@@ -15,6 +15,7 @@ TokenMask = NDArray[np.uint32]
 LOGPROB_FLOOR = -9999.0
 """Stands for minus infinity, which JSON lacks (vLLM's value)."""
 NOT_FINITE = "the model's logits are not finite"
+NOTHING_LEFT = "no token is left to sample: every logit is minus infinity"
 _GREEDY_BELOW = 1e-5
 """Temperatures below are greedy: logits divided by them would overflow (vLLM's _SAMPLING_EPS)."""
 
