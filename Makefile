@@ -62,21 +62,30 @@ bench-quality: $(DEV)  ## Perplexity and greedy agreement of each number format 
 bench-structured: $(DEV)  ## Throughput with and without a JSON schema, and the time to compile one
 	@$(BIN)/python -m benchmarks.structured $(ARGS)
 
+.PHONY: bench-batch
+bench-batch: $(DEV)  ## What clients notice of a batch that runs beside them
+	@$(BIN)/python -m benchmarks.beside_batch $(ARGS)
+
 .PHONY: bench-peers
 bench-peers: $(DEV)  ## Measure vLLM, llama.cpp and this server in one run for docs/performance.md; ARGS="--help" lists its options
 	@$(BIN)/python -m benchmarks.peers.run $(ARGS)
+
+.PHONY: rolling-restart
+rolling-restart: $(DEV)  ## Restart two replicas in turn behind HAProxy, while 80 streams run
+	@$(BIN)/python -m pytest -m slow -s tests/e2e/test_rolling_restart.py $(ARGS)
 
 .PHONY: fuzz
 fuzz: $(DEV)  ## 5,000 requests made from the OpenAPI document, right and wrong ones, to a real server
 	@$(BIN)/python -m pytest -m slow tests/fuzz $(ARGS)
 
 .PHONY: chaos
-chaos: $(DEV)  ## Real servers that are killed, stopped, starved and left
+chaos: $(DEV)  ## Real servers under load whose engines are killed, stopped and crashed, and which are starved and left
 	@$(BIN)/python -m pytest -m "not gpu and not network" tests/chaos $(ARGS)
 
 .PHONY: soak
-soak: $(DEV)  ## Thousands of mixed requests to one server, and what they leave behind
-	@$(BIN)/python -m pytest -m "not gpu and not network" tests/soak $(ARGS)
+soak: $(DEV)  ## 10,000 requests of all kinds to a real server: nothing may leak or grow; options: ARGS="--requests 2000"
+	@$(BIN)/python -m tests.soak.soak $(ARGS)
+	@$(BIN)/python -m pytest -m slow tests/soak/test_grammars.py tests/soak/test_residue.py
 
 .PHONY: conformance
 conformance: $(DEV)  ## Ask this server for all that OpenAI's API promises; another: ARGS="--base-url http://host:8000"
@@ -91,8 +100,9 @@ test-sdk: $(DEV)  ## Run the official SDKs and an agent framework against the em
 	@$(BIN)/python -m pytest -m "not gpu and not network" tests/sdk $(ARGS)
 
 .PHONY: docs
-docs: $(DEV)  ## Write docs/options.md from the options, and docs/reliability.md from the cases and their tests
+docs: $(DEV)  ## Write docs/options.md, docs/limits.md and docs/reliability.md from what they are made of
 	@$(BIN)/python -m tools.gen_options
+	@$(BIN)/python -m tools.gen_limits
 	@$(BIN)/python -m tools.gen_reliability
 
 .PHONY: setup

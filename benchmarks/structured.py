@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import httpx
 
 from benchmarks.load import LoadSettings, first_model, run_load
 from benchmarks.machine import describe_machine
-from benchmarks.run import RESULTS, free_port, wait_until_ready
+from benchmarks.serve import RESULTS, serving
 
 _ROUNDS = 3
 _COLUMNS = "{:>12} {:>16} {:>14} {:>7}"
@@ -104,8 +104,7 @@ async def _compile_seconds(url: str, model: str) -> list[float]:
     return seconds
 
 
-async def _measure(url: str, server: subprocess.Popen[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
-    await wait_until_ready(url, server, 600)
+async def _measure(url: str, arguments: argparse.Namespace) -> dict[str, Any]:
     model = await first_model(url)
     result: dict[str, Any] = {"machine": describe_machine(), "tokens_per_second": {}}
     print(_COLUMNS.format("concurrency", "unconstrained", "JSON schema", "share"))
@@ -127,22 +126,20 @@ async def _measure(url: str, server: subprocess.Popen[bytes], arguments: argpars
     return result
 
 
+async def _serve_and_measure(server_options: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    async with serving(["--speculative-ngram-tokens", "0", *server_options]) as url:
+        return await _measure(url, arguments)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench-structured", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16])
     arguments, server_options = parser.parse_known_args()
-    port = free_port()
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--disable-access-log"]
-    command += ["--speculative-ngram-tokens", "0", *server_options]
-    server = subprocess.Popen(command)
     try:
-        result = asyncio.run(_measure(f"http://127.0.0.1:{port}", server, arguments))
+        result = asyncio.run(_serve_and_measure(server_options, arguments))
     except (RuntimeError, httpx.HTTPError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
     path: Path = RESULTS / f"structured-{time.strftime('%Y-%m-%dT%H%M%S')}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from server import __version__
+from server import __version__, logs
 from server.config import OptionError, ServerConfig, load_config
 
 if TYPE_CHECKING:
     from server.batches.store import Store
+    from server.tracing import RequestTracer
 
 EXIT_BAD_USAGE = 2
 """As argparse has it."""
@@ -45,60 +46,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(arguments: Sequence[str]) -> int:
     # Not imported above: `--help` and `version` answer at once.
+    from server.api_keys import KeyRing, check_exposure
     from server.moderation import load_policies
 
     try:
         config = load_config(arguments)
+        keys = KeyRing(config)
+        check_exposure(config, keys)
         policies = load_policies(config.moderation_policies)
+        tracer = None if config.otlp_traces_endpoint is None else _open_tracer(config.otlp_traces_endpoint)
         store = None if config.data_dir is None else _open_store(config)
     except OptionError as error:
         print(f"gemma-server: {error}", file=sys.stderr)
         return os.EX_CONFIG  # starting again with the same options would fail again
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    _on_signals(lambda number: sys.exit(0))  # an end that was asked for is no failure
+    logs.configure(config.log_level, config.log_format, "front")
+    logs.ignore_stack_signal()
 
     # What takes long is imported where it is known to be wanted, so that `--help` and mistakes answer at once.
     # First the engine's process and the thread that reads the model, which run while the rest is imported.
     from server.frontend.process_client import ProcessClient
 
-    client = ProcessClient(config.log_level)
+    client = ProcessClient(config)
+    logs.dump_stacks_on_signal(pass_on=client.dump_stacks)
 
     from server.runtime import Runtime
 
     runtime = Runtime(config, client)
     runtime.read_model()
 
-    import uvicorn
-
     from server.app import create_app
+    from server.http_server import HttpServer
 
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(runtime, store, policies),
-            host=config.host,
-            port=config.port,
-            # Bounds the headers, and takes the body of a request that offers to upgrade, as Java's client does;
-            # httptools does neither.
-            http="h11",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=round(config.shutdown_timeout),
-        )
-    )
+    app = create_app(runtime, store, policies, keys=keys, tracer=tracer)
+    server = HttpServer(app, runtime)
 
     def end() -> None:
         server.should_exit = True
 
-    def asked_to_end(signal_number: int, frame: FrameType | None) -> None:
-        sys.exit(0)
-
     runtime.on_failure = end
-    # uvicorn handles signals while it runs, and afterwards raises those it got again: an end that was asked for
-    # is no failure.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, asked_to_end)
+    _on_signals(server.on_signal)
+    if config.api_key_file is not None:
+        # In a thread: a handler interrupts whatever runs, which may hold the log.
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=keys.reload, name="keys").start())
     server.run()
     return runtime.exit_code
+
+
+def _on_signals(end: Callable[[int], None]) -> None:
+    def asked_to_end(number: int, frame: FrameType | None) -> None:
+        end(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, asked_to_end)
 
 
 def _open_store(config: ServerConfig) -> Store:
@@ -106,6 +106,12 @@ def _open_store(config: ServerConfig) -> Store:
 
     assert config.data_dir is not None
     return Store(config.data_dir, max_bytes=config.max_stored_bytes, max_files=config.max_stored_files)
+
+
+def _open_tracer(endpoint: str) -> RequestTracer:
+    from server.tracing import RequestTracer
+
+    return RequestTracer(endpoint)
 
 
 def version(arguments: Sequence[str]) -> int:

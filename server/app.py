@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
 from server.api import (
     batches,
     chat,
     completions,
+    debug,
     error_handlers,
     files,
     health,
@@ -23,15 +26,20 @@ from server.api import (
     tokenize,
 )
 from server.api.anthropic import routes as anthropic
+from server.api.auth import ApiKeyMiddleware
 from server.api.dispatch import RouteRequests
-from server.api.middleware import ApiKeyMiddleware, RequestContextMiddleware
+from server.api.hosts import HostMiddleware
+from server.api.middleware import RequestContextMiddleware
 from server.api.openai_responses import routes as openai_responses
+from server.api_keys import KeyRing
 from server.batches.lines import LINE_OVERHEAD_BYTES
 from server.batches.runner import BatchRunner
 from server.batches.store import Store
 from server.frontend.admission import Admission
+from server.frontend.limits import Accounts
 from server.moderation import BUILT_IN_POLICIES, Policy
 from server.runtime import Runtime
+from server.tracing import RequestTracer
 
 BATCH_ROUTERS = (chat.router, completions.router, openai_responses.router, moderations.router)
 """What the lines of a batch may ask for, too."""
@@ -43,15 +51,21 @@ OTHER_ROUTERS = (
     files.router,
     batches.router,
     health.router,
+    debug.router,
     prometheus.router,
 )
 
 
 def create_app(
-    runtime: Runtime, store: Store | None = None, policies: Sequence[Policy] = BUILT_IN_POLICIES
+    runtime: Runtime,
+    store: Store | None = None,
+    policies: Sequence[Policy] = BUILT_IN_POLICIES,
+    *,
+    keys: KeyRing | None = None,
+    tracer: RequestTracer | None = None,
 ) -> FastAPI:
     """`policies` are those of moderations. Without a `store`, files and batches are off; it is closed with the
-    application."""
+    application, and so is the `tracer`. `keys` are the configuration's if not given: raises OptionError."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -66,6 +80,8 @@ def create_app(
                 await runner.stop()
                 await runner.store.close()
             await runtime.stop()
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="gemma-server",
@@ -73,16 +89,33 @@ def create_app(
         description="OpenAI's API for Google's Gemma models.",
         lifespan=lifespan,
         redirect_slashes=False,
+        # FastAPI's own, which would send exceptions with their words, and so with clients', to whatever
+        # collector the environment names.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.runtime = runtime
     app.state.policies = policies
-    app.state.admission = Admission(runtime.config.max_queued_requests)
+    app.state.tracer = tracer
+    config = runtime.config
+    app.state.keys = KeyRing(config) if keys is None else keys
+    app.state.accounts = Accounts()
+    app.state.admission = Admission(config.max_queued_requests, config.max_queued_tokens)
     # The last one added is the outermost.
-    app.add_middleware(ApiKeyMiddleware, api_keys=runtime.config.api_key)
+    app.add_middleware(HostMiddleware, bound_to=config.host, allowed=config.allowed_hosts)
+    app.add_middleware(ApiKeyMiddleware, keys=app.state.keys)
+    if config.allowed_origins:
+        # Outside of the keys, since browsers ask whether they may send one without sending it.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     app.add_middleware(
         RequestContextMiddleware,
         metrics=runtime.metrics.http,
-        access_log=not runtime.config.disable_access_log,
+        access_log=not config.disable_access_log,
     )
     error_handlers.install(app)
     for router in (*BATCH_ROUTERS, *OTHER_ROUTERS):

@@ -8,7 +8,8 @@ any mix of single tokens and prompt chunks. Laws:
    Within both kinds, and among those that wait, the order is that of `Precedence`; nobody overtakes the head.
 3. Memory that runs out is taken from one of the last in that order, which is recomputed: its tokens stay, its
    blocks go. The first of the running is never preempted, so every step gets something done.
-4. Each sequence added leaves once, by a terminal output of `update` or by `abort`, and its blocks go free.
+4. Each sequence added leaves once, by a terminal output of `update` or `fail`, or by `abort`, and its blocks go
+   free.
 5. A draft takes rows and blocks that nobody wants in this step, and gives back what it did not need.
 6. Pure policy: no tensors, no I/O, and the time only for stamping sequences.
 """
@@ -17,15 +18,16 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.precedence import Precedence
-from server.engine.sampling.types import SampledToken
+from server.engine.sampling.types import NOTHING_LEFT, SampledToken
 from server.engine.sequence import Sequence, SequenceStatus
 from server.engine.speculation import NgramSpeculator
-from server.engine.types import FinishReason, SequenceOutput
+from server.engine.step_counts import StepCounts
+from server.engine.types import FinishReason, PoolSnapshot, SequenceOutput
 
 SPARE_FOR_RUNNING = 0.01
 """Share of each pool that admissions leave free, lest the growth of what runs preempts them at once."""
@@ -91,21 +93,6 @@ class SchedulerConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least"
                 f" max_num_seqs ({self.max_num_seqs})"
             )
-
-
-@dataclass(slots=True)
-class StepCounts:
-    """What happened since the counts were last taken."""
-
-    num_preemptions: int = 0
-    prefix_cache_queries: int = 0
-    """Prompt tokens of newly admitted sequences that may use the prefix cache."""
-    prefix_cache_hits: int = 0
-    """Those of them that were found there."""
-    num_drafts: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    """Tokens of drafts that turned out right."""
 
 
 class Scheduler:
@@ -179,6 +166,10 @@ class Scheduler:
         """Share of each KV pool that live sequences hold, by name."""
         return self._kv.usage()
 
+    def kv_pools(self) -> dict[str, PoolSnapshot]:
+        """Blocks of each KV pool, by name."""
+        return self._kv.snapshot()
+
     def take_counts(self) -> StepCounts:
         counts, self._counts = self._counts, StepCounts()
         return counts
@@ -223,10 +214,11 @@ class Scheduler:
         return ScheduledBatch(tuple(plan.values()), tuple(preempted))
 
     def _admit(self, plan: dict[Sequence, ScheduledSequence], budget: int) -> None:
+        growing = [seq for seq in self._running if seq.num_tokens - seq.num_computed > 1]
         while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
             seq = self._waiting[0]
             num_cached = self._kv.find_cached_prefix(seq)
-            if self._running and not self._kv.has_room(seq, num_cached, SPARE_FOR_RUNNING):
+            if self._running and not self._kv.has_room(seq, num_cached, growing, SPARE_FOR_RUNNING):
                 break
             num_new = self._chunk(seq, num_cached, budget)
             if not self._kv.allocate(seq, num_cached, num_new):
@@ -236,11 +228,13 @@ class Scheduler:
                 continue
             del self._waiting[0]
             self._precedence.insert(seq, self._running)
+            self._precedence.admit(seq)
             seq.status = SequenceStatus.RUNNING
             seq.num_computed = num_cached
             if seq.num_preemptions == 0:
                 self._note_first_admission(seq, num_cached)
             plan[seq] = _scheduled(seq, num_new)
+            growing.append(seq)
             budget -= num_new
 
     def _draft(self, plan: dict[Sequence, ScheduledSequence]) -> None:
@@ -303,8 +297,7 @@ class Scheduler:
             if seq.status is SequenceStatus.FINISHED:
                 continue
             if tokens and tokens[0].error is not None:
-                self._kv.discard(seq)  # a bad row can come from bad entries, which must not be handed on
-                outputs.append(self._end(seq, FinishReason.ERROR, error=tokens[0].error))
+                outputs.append(self._spoil(seq, tokens[0].error))
                 continue
             taken, reason = self._take(seq, tokens, scheduled.draft)
             num_accepted = max(0, len(taken) - 1)
@@ -318,6 +311,11 @@ class Scheduler:
             if taken:
                 outputs.append(self._output(seq, taken, reason))
         return outputs
+
+    def fail(self, sequences: Iterable[ScheduledSequence], error: str) -> list[SequenceOutput]:
+        """End those of the planned step that could not be computed. `update` follows with the others."""
+        lost = [scheduled.seq for scheduled in sequences]
+        return [self._spoil(seq, error) for seq in lost if seq.status is not SequenceStatus.FINISHED]
 
     def _take(
         self, seq: Sequence, tokens: list[SampledToken], draft: tuple[int, ...]
@@ -367,16 +365,24 @@ class Scheduler:
     def _fail(self, seq: Sequence) -> None:
         """Give up on a sequence that the whole cache cannot hold. `add` keeps them out; never hang on a bug."""
         error = f"the KV cache cannot hold the sequence's {seq.num_tokens} tokens"
-        self._failed.append(self._end(seq, FinishReason.ERROR, error=error))
+        self._failed.append(self._end(seq, error))
 
-    def _end(self, seq: Sequence, reason: FinishReason, error: str) -> SequenceOutput:
+    def _spoil(self, seq: Sequence, error: str) -> SequenceOutput:
+        """A bad row or step can come from bad entries or leave some: they must not be handed on."""
+        self._kv.discard(seq)
+        return self._end(seq, error)
+
+    def _end(self, seq: Sequence, error: str) -> SequenceOutput:
         self._retire(seq)
+        params = seq.params
+        constrained = bool(params.grammar or params.allowed_token_ids or params.bad_words)
         return SequenceOutput(
             request_id=seq.request_id,
-            finish_reason=reason,
+            finish_reason=FinishReason.ERROR,
             num_cached_tokens=seq.num_cached_tokens,
             scheduled_at=seq.scheduled_at,
             error=error,
+            is_contradictory=constrained and error == NOTHING_LEFT,
         )
 
     def _retire(self, seq: Sequence) -> None:

@@ -98,17 +98,13 @@ def render_chat(
     Raises ChatTemplateError for an empty list, an unknown role, a result without its call, or a tokenizer
     without turn tokens.
     """
-    bos, start, end = _control_tokens(tokenizer)
+    bos, start, end = control_tokens(tokenizer)
     turns, notes = _turns(messages, declarations)
     segments: list[ControlToken | str] = [bos]
     for turn in turns:
         segments += [start, f"{turn.role}\n{turn.text}", end, "\n"]
     if continue_final_message:
-        if messages[-1].role != "assistant":
-            raise ChatTemplateError(
-                f'continue_final_message needs a last message of the assistant, not of "{messages[-1].role}"',
-                param="continue_final_message",
-            )
+        check_goes_on(messages)
         del segments[-2:]
     elif add_generation_prompt:
         segments += [start, "model\n"]
@@ -119,6 +115,45 @@ def join_text_parts(texts: Iterable[str]) -> str:
     """The text of a message whose content is a list of text parts, as the official Gemma 3 template joins them:
     each trimmed, nothing between them."""
     return "".join(text.strip() for text in texts)
+
+
+def control_tokens(tokenizer: Tokenizer) -> tuple[ControlToken, ControlToken, ControlToken]:
+    """Those of a conversation's beginning, and of a turn's beginning and end. Raises ChatTemplateError."""
+    start, end = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
+    if start is None or end is None:
+        raise ChatTemplateError(
+            f"this model cannot be chatted with: its tokenizer has no {START_OF_TURN} and {END_OF_TURN} tokens"
+        )
+    return (
+        ControlToken(tokenizer.bos_id, BOS),
+        ControlToken(start, START_OF_TURN),
+        ControlToken(end, END_OF_TURN),
+    )
+
+
+def check_goes_on(messages: Sequence[ChatMessage]) -> None:
+    """Raises ChatTemplateError if the last message is not one that the model can go on with."""
+    if messages[-1].role != "assistant":
+        raise ChatTemplateError(
+            f'continue_final_message needs a last message of the assistant, not of "{messages[-1].role}"',
+            param="continue_final_message",
+        )
+
+
+def orphan_error(call_id: str, index: int) -> ChatTemplateError:
+    """For the result `messages[index]`, whose call is missing."""
+    param = f"messages[{index}].tool_call_id"
+    return ChatTemplateError(
+        f"{param} is {call_id[:_LONGEST_SHOWN_ID]!a}, but no assistant message before it has a tool call of "
+        "that id; send the message with the call, too",
+        param,
+    )
+
+
+def role_error(role: str, index: int) -> ChatTemplateError:
+    """For `messages[index]`, of an unknown role."""
+    param = f"messages[{index}].role"
+    return ChatTemplateError(f'{param} is "{role}"; it must be one of {", ".join(ALLOWED_ROLES)}', param)
 
 
 @dataclass(slots=True)
@@ -187,12 +222,12 @@ def _turns(messages: Sequence[ChatMessage], declarations: str) -> tuple[list[_Tu
             case "tool":
                 call = calls.get(message.call_id)
                 if call is None:
-                    raise _orphan_error(message.call_id, index)
+                    raise orphan_error(message.call_id, index)
                 append(
                     "user", result_text(call.name, message.text, number=call.number, total=call.total), index
                 )
             case _:
-                raise _role_error(message.role, index)
+                raise role_error(message.role, index)
     if instructions:
         theirs = [(index, message) for index, message in instructions if index != _OURS]
         notes += [f"messages[{index}] ({message.role}) became a user turn" for index, message in theirs]
@@ -204,30 +239,3 @@ def _turns(messages: Sequence[ChatMessage], declarations: str) -> tuple[list[_Tu
 def _with_calls(message: ChatMessage) -> str:
     parts = [message.text.strip(), *(call_text(call) for call in message.calls)]
     return "\n".join(part for part in parts if part)
-
-
-def _orphan_error(call_id: str, index: int) -> ChatTemplateError:
-    param = f"messages[{index}].tool_call_id"
-    return ChatTemplateError(
-        f"{param} is {call_id[:_LONGEST_SHOWN_ID]!a}, but no assistant message before it has a tool call of "
-        "that id; send the message with the call, too",
-        param,
-    )
-
-
-def _role_error(role: str, index: int) -> ChatTemplateError:
-    param = f"messages[{index}].role"
-    return ChatTemplateError(f'{param} is "{role}"; it must be one of {", ".join(ALLOWED_ROLES)}', param)
-
-
-def _control_tokens(tokenizer: Tokenizer) -> tuple[ControlToken, ControlToken, ControlToken]:
-    start, end = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
-    if start is None or end is None:
-        raise ChatTemplateError(
-            f"this model cannot be chatted with: its tokenizer has no {START_OF_TURN} and {END_OF_TURN} tokens"
-        )
-    return (
-        ControlToken(tokenizer.bos_id, BOS),
-        ControlToken(start, START_OF_TURN),
-        ControlToken(end, END_OF_TURN),
-    )

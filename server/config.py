@@ -47,7 +47,50 @@ class ServerConfig(BaseModel):
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 means every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 lets the system choose.")
-    api_key: list[str] = Field([], description="Keys that clients may present as `Authorization: Bearer KEY`.")
+    allowed_hosts: list[str] = Field(
+        [],
+        description="Names by which clients may ask for the server (its Host header), beside localhost;"
+        " `*.example.com` stands for all under one, `*` for any. Addresses always pass. If none is given, any"
+        " name passes, unless the server listens on a loopback address: then only localhost does, so that no"
+        " web page can reach it by a name of its own.",
+    )
+    allowed_origins: list[str] = Field(
+        [],
+        description="Web pages that may use the server from a browser (CORS), as `https://example.com`; `*` for"
+        " all. None if not given.",
+    )
+    api_key: list[str] = Field(
+        [],
+        repr=False,
+        description="Keys that clients may present as `Authorization: Bearer KEY`, each as it is or as "
+        "`sha256:` and its SHA-256 in hexadecimal. The command line is seen by whoever lists the machine's "
+        "processes: use the environment, or a file.",
+    )
+    api_key_file: Path | None = Field(
+        None,
+        description="File of such keys, one a line; or with the suffix .yaml or .json a list of objects with "
+        "`name`, `keys` (a list) and, if wanted, `max-sequences`, `requests-per-minute`, `tokens-per-minute` "
+        "(in place of the options), `least-priority` (0 if not given: the lowest `priority` of its requests) "
+        "and `admin` (true lets in under /debug/). SIGHUP has it read again.",
+    )
+    allow_unauthenticated: bool = Field(
+        False,
+        description="Listen beyond this machine without asking for a key: something in front checks who asks.",
+    )
+    max_sequences_per_key: int | None = Field(
+        None,
+        ge=1,
+        description="Sequences of one API key that may wait or run at once; without keys, of all clients.",
+    )
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="Generating requests of one API key in a minute; without keys, of all clients."
+    )
+    tokens_per_minute: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of one API key in a minute, of prompts and outputs; without keys, of all clients. "
+        "A request reserves its prompt and its most output, and gives back what it does not use.",
+    )
 
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
         "auto", description="Type of weights and KV cache; auto means bfloat16."
@@ -125,8 +168,43 @@ class ServerConfig(BaseModel):
         "that later starts need not convert them. It takes as much room as the weights in memory.",
     )
 
+    engine_silence_timeout: float = Field(
+        90.0,
+        gt=1,
+        description="Seconds without a sign of life after which the engine's process is ended and replaced. "
+        "After 3 the server is not ready.",
+    )
+    engine_step_timeout: float = Field(
+        300.0,
+        gt=0,
+        description="Seconds that one step of the engine may take before its process is ended and replaced.",
+    )
+    max_engine_restarts: int = Field(
+        5,
+        ge=0,
+        description="How many engines in a row are replaced that ended without having completed a request; the "
+        "server ends with the next one.",
+    )
+
     max_queued_requests: int = Field(
         1024, ge=1, description="Sequences that may wait or run at once; one more is refused with 429."
+    )
+    max_queued_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of prompts that may wait to be computed, a single request's excepted; a request "
+        "that would add more is refused with 429.",
+    )
+    queue_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds that a request may wait for its first token; then it ends with an error.",
+    )
+    request_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds from a request's arrival to the end of its answer; then it ends with an error. A "
+        "client can ask for less with the header `x-request-timeout`.",
     )
     max_logprobs: int = Field(20, ge=0, le=100, description="Most alternatives that `logprobs` may ask for.")
     max_body_bytes: int = Field(
@@ -161,13 +239,33 @@ class ServerConfig(BaseModel):
     sse_keep_alive_interval: float = Field(
         15.0, gt=0, description="Seconds between comments on a stream that has nothing else to say."
     )
+    shutdown_delay: float = Field(
+        0.0,
+        ge=0,
+        description="Seconds after SIGTERM in which all is served as before, while /readyz already fails: as"
+        " many as a load balancer that polls it takes to send requests elsewhere.",
+    )
     shutdown_timeout: float = Field(
-        30.0, ge=0, description="Seconds that running requests may take to finish after SIGTERM."
+        30.0,
+        ge=0,
+        description="Seconds that accepted requests may then take to finish, while new ones are refused; those"
+        " that do not end with an error. A second SIGTERM ends the server at once.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severity to log."
     )
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="text: lines for people; json: an object in each line, with the names that Google's Cloud "
+        "Logging knows: time, severity, message, httpRequest, the request's id and its trace.",
+    )
     disable_access_log: bool = Field(False, description="Do not log a line for each request.")
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        pattern="^https?://.",
+        description="Where to send a trace of each request: the URL of an OpenTelemetry collector that takes "
+        "OTLP over HTTP, as http://localhost:4318/v1/traces. Needs the packages of the extra `otel`.",
+    )
 
 
 def load_config(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> ServerConfig:
@@ -196,8 +294,17 @@ def load_config(arguments: Sequence[str], environment: Mapping[str, str] | None 
         lines = []
         for problem in error.errors():
             name = str(problem["loc"][0])
-            lines.append(f"{sources.get(name, name)}: {problem['msg']} (got {problem['input']!r})")
+            field = ServerConfig.model_fields.get(name)
+            got = f" (got {problem['input']!r})" if field is not None and field.repr else ""
+            lines.append(f"{sources.get(name, name)}: {problem['msg']}{got}")
         raise OptionError("\n".join(lines)) from None
+
+
+def yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong with a file, without a word of it: it may hold keys."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"not valid YAML at line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    return "not valid YAML"
 
 
 def option_name(field_name: str) -> str:
@@ -250,8 +357,10 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 def _from_file(path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--config {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise OptionError(f"--config {path}: {yaml_problem(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

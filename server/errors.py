@@ -2,23 +2,34 @@
 
     ApiError                         status  code
     ├── InvalidRequestError             400  invalid_value, or as given
-    │   └── ContextLengthError          400  context_length_exceeded
+    │   ├── ContextLengthError          400  context_length_exceeded
+    │   └── ContradictionError          400  contradictory_constraints
+    ├── InvalidHttpError                400  invalid_http
+    ├── HostNotAllowedError             400  host_not_allowed
     ├── AuthenticationError             401  invalid_api_key
+    ├── PermissionDeniedError           403  admin_key_required
     ├── ModelNotFoundError              404  model_not_found
     ├── ResponseNotFoundError           404  response_not_found
     ├── RouteNotFoundError              404  unknown_url
     ├── ObjectNotFoundError             404  not_found
     ├── MethodNotAllowedError           405  method_not_allowed
-    ├── BodyTimeoutError                408  request_timeout
+    ├── RequestTimeoutError             408  request_timeout
     ├── ConflictError                   409  conflict
     ├── BodyTooLargeError               413  body_too_large
     ├── UnsupportedMediaTypeError       415  unsupported_media_type
     ├── QueueFullError                  429  queue_full
+    ├── RateLimitError                  429  rate_limit_exceeded
     ├── GenerationError                 500  generation_failed
+    │   └── CrashingRequestError        500  engine_crashed
     ├── InternalError                   500  internal_error
     ├── FeatureOffError                 501  feature_off
+    ├── EngineSilentError               503  engine_silent
     ├── ModelLoadingError               503  model_loading
     ├── EngineUnavailableError          503  engine_unavailable
+    │   └── GenerationLostError         503  engine_lost
+    ├── ShuttingDownError               503  shutting_down
+    ├── TooManyConnectionsError         503  too_many_connections
+    ├── DeadlineError                   504  deadline_exceeded
     └── StorageError                    507  storage_failed
         └── StorageFullError            507  storage_full
 
@@ -33,6 +44,8 @@ from typing import Any, ClassVar
 
 RETRY_AFTER_LOADING_SECONDS = 5
 RETRY_AFTER_QUEUE_SECONDS = 1
+_DO_NOT_RETRY = {"x-should-retry": "false"}
+"""OpenAI's libraries would try again otherwise, as with every status from 500 on."""
 LONGEST_SHOWN_VALUE = 100
 """Characters of a client's value that an error message repeats."""
 
@@ -70,6 +83,34 @@ class ContextLengthError(InvalidRequestError):
     default_code = "context_length_exceeded"
 
 
+class ContradictionError(InvalidRequestError):
+    """Known only once so much was generated."""
+
+    default_code = "contradictory_constraints"
+
+    def __init__(self, num_generated: int) -> None:
+        super().__init__(
+            f"Nothing may follow the {num_generated} tokens that were generated: there, what the request allows"
+            " by format, grammar, tools, 'min_tokens', 'ignore_eos', 'allowed_token_ids' and 'bad_words'"
+            " contradicts itself."
+        )
+
+
+class InvalidHttpError(ApiError):
+    status = 400
+    type = "invalid_request_error"
+    default_code = "invalid_http"
+
+    def __init__(self) -> None:
+        super().__init__("This is no HTTP/1.1 request, or its headers are too large.")
+
+
+class HostNotAllowedError(ApiError):
+    status = 400
+    type = "invalid_request_error"
+    default_code = "host_not_allowed"
+
+
 class AuthenticationError(ApiError):
     status = 401
     type = "authentication_error"
@@ -78,6 +119,14 @@ class AuthenticationError(ApiError):
     @property
     def headers(self) -> dict[str, str]:
         return {"www-authenticate": "Bearer"}
+
+
+class PermissionDeniedError(ApiError):
+    """The key is known, and is not an admin's."""
+
+    status = 403
+    type = "permission_error"
+    default_code = "admin_key_required"
 
 
 class ModelNotFoundError(ApiError):
@@ -130,7 +179,7 @@ class _UnreadBodyError(ApiError):
         return {"connection": "close"}
 
 
-class BodyTimeoutError(_UnreadBodyError):
+class RequestTimeoutError(_UnreadBodyError):
     status = 408
     default_code = "request_timeout"
 
@@ -154,19 +203,45 @@ class ConflictError(ApiError):
 
 
 class QueueFullError(ApiError):
+    """There is no room for anybody's request."""
+
     status = 429
     type = "rate_limit_error"
     default_code = "queue_full"
 
+    def __init__(self, message: str, *, retry_after: int = RETRY_AFTER_QUEUE_SECONDS) -> None:
+        """`retry_after`: seconds after which there may be room."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
     @property
     def headers(self) -> dict[str, str]:
-        return {"retry-after": str(RETRY_AFTER_QUEUE_SECONDS)}
+        return {"retry-after": str(self.retry_after)}
+
+
+class RateLimitError(QueueFullError):
+    """One of the limits of the client's own key is reached."""
+
+    default_code = "rate_limit_exceeded"
 
 
 class GenerationError(ApiError):
     """The engine gave up on this request alone."""
 
     default_code = "generation_failed"
+
+
+class CrashingRequestError(GenerationError):
+    """The engine ends whenever it computes this request."""
+
+    default_code = "engine_crashed"
+
+    def __init__(self) -> None:
+        super().__init__("The engine failed each time that it began with this request. It is not tried again.")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return dict(_DO_NOT_RETRY)
 
 
 class InternalError(ApiError):
@@ -184,8 +259,7 @@ class FeatureOffError(ApiError):
 
     @property
     def headers(self) -> dict[str, str]:
-        # OpenAI's libraries would try again otherwise, as with every status from 500 on.
-        return {"x-should-retry": "false"}
+        return dict(_DO_NOT_RETRY)
 
 
 class StorageError(ApiError):
@@ -211,11 +285,51 @@ class ModelLoadingError(_UnavailableError):
     default_code = "model_loading"
 
 
+class EngineSilentError(_UnavailableError):
+    """The engine lives, and does not answer: it is stopped, or in the middle of something long."""
+
+    default_code = "engine_silent"
+
+
 class EngineUnavailableError(_UnavailableError):
     default_code = "engine_unavailable"
 
+    def __init__(self, message: str = "The engine has ended, and so will the server.") -> None:
+        super().__init__(message)
+
+
+class GenerationLostError(EngineUnavailableError):
+    """What the engine took along when it ended."""
+
+    default_code = "engine_lost"
+
     def __init__(self) -> None:
-        super().__init__("The engine has ended and the server is about to restart.")
+        super().__init__("The engine failed in the middle of this request, and is being restarted. Try again.")
+
+
+class DeadlineError(ApiError):
+    """The answer, or its first token, did not come within the time that server or client set."""
+
+    status = 504
+    default_code = "deadline_exceeded"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        # OpenAI's libraries would ask a server again that is too slow already.
+        return {"x-should-retry": "false"}
+
+
+class ShuttingDownError(_UnavailableError):
+    """Another server may answer, or this one once it has been started again."""
+
+    default_code = "shutting_down"
+
+
+class TooManyConnectionsError(_UnavailableError):
+    default_code = "too_many_connections"
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"The server answers requests on all of the {most} connections that it can have.")
 
 
 def shown(value: Any) -> str:

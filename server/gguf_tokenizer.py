@@ -25,7 +25,9 @@ _FORMAT = 2
 """Part of the cache's file name: raise it when the same GGUF file must give another tokenizer.json."""
 
 _MAX_PIECE_CHARACTERS = 1024
-"""The work for a piece grows with the square of its length. Gemma's longest have 31 characters."""
+_MAX_EFFORT = 1 << 28
+"""The work for a piece grows with the square of its length, and this bounds their sum. Gemma's longest have 31
+characters, and all of them together take 1 << 24."""
 
 _OFFICIAL_CONTROL = {
     *("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
@@ -101,6 +103,8 @@ def build_tokenizer_json(pieces: Sequence[str], types: Sequence[int], scores: Se
         raise GGUFTokenizerError(
             f"a piece has {longest} characters; at most {_MAX_PIECE_CHARACTERS} are allowed"
         )
+    if sum(len(piece) ** 2 for piece in pieces) > _MAX_EFFORT:
+        raise GGUFTokenizerError(f"the {len(pieces)} pieces are longer than any vocabulary's of Gemma")
     vocab = {piece: token_id for token_id, piece in enumerate(pieces)}
     if len(vocab) != len(pieces):
         raise GGUFTokenizerError(

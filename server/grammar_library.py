@@ -13,6 +13,7 @@ The engine matches with it; the front has a child see what compiles.
 from __future__ import annotations
 
 import ctypes
+import json
 import weakref
 from array import array
 from collections.abc import Sequence
@@ -31,6 +32,11 @@ MAX_GRAMMAR_CHARS = 262_144
 _MAX_LEXER_STATES = 20_000
 """For each sequence, at 1 to 2 kB each."""
 _MESSAGE_BYTES = 4000
+
+
+def quoted(text: str) -> str:
+    """`text` as a string of the Lark syntax, which is JSON's but for one character."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 class GrammarError(ValueError):

@@ -9,12 +9,15 @@ Laws:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from server import __version__
 from server.batches.objects import FINAL_STATUSES, BatchStatus
 from server.engine.types import FinishReason, StepStats
+from server.frontend.client import EngineLoss, LossCause
 from server.frontend.served_model import ServedModel
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -38,7 +41,10 @@ ITERATION_TOKEN_BUCKETS = tuple(
 N_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
+RESTART_BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
+
 LABELS = ("model_name", "engine")
+ABORT_STAGES = ("before_first_token", "after_first_token")
 
 REQUEST_HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "time_to_first_token_seconds": ("From arrival to the first token.", TIME_TO_FIRST_TOKEN_BUCKETS),
@@ -66,13 +72,16 @@ class Metrics:
     The series of a model exist from `set_model` on: before, nobody knows the name that labels them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, engine_pid: Callable[[], int]) -> None:
+        """`engine_pid`: the process that runs the model; asked at each scrape."""
         # A process-wide switch of the library: `_created` series would double the page for nobody.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
+        ProcessCollector("gemma_engine", engine_pid, registry=self.registry)
         self.http = HttpMetrics(self.registry)
         self.batches = BatchMetrics(self.registry)
+        self.supervision = SupervisionMetrics(self.registry)
         self._model_loaded = Gauge(
             "gemma_model_loaded",
             "1 once the model is loaded and the engine has answered.",
@@ -190,7 +199,19 @@ class RequestMetrics:
             (*LABELS, "finished_reason"),
             registry=registry,
         )
+        self.timeouts = Counter(
+            "gemma_requests_timed_out",
+            "Requests whose answer was not begun or not complete in time.",
+            registry=registry,
+        )
         self._ended = {reason: ended.labels(model_name, "0", reason.value) for reason in FinishReason}
+        aborted = Counter(
+            "gemma_requests_aborted",
+            "Sequences whose client left, or that a deadline ended: those that got no token yet, and others.",
+            ("stage",),
+            registry=registry,
+        )
+        self._aborted = {stage: aborted.labels(stage) for stage in ABORT_STAGES}
         self._histograms = {
             name: Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=registry).labels(
                 model_name, "0"
@@ -204,6 +225,9 @@ class RequestMetrics:
 
     def ended(self, reason: FinishReason) -> None:
         self._ended[reason].inc()
+
+    def aborted(self, *, has_begun: bool) -> None:
+        self._aborted[ABORT_STAGES[has_begun]].inc()
 
 
 class HttpMetrics:
@@ -219,7 +243,10 @@ class HttpMetrics:
         self._rejected = Counter(
             "gemma_requests_rejected", "Requests refused for want of capacity.", ("reason",), registry=registry
         )
-        for reason in ("queue_full", "model_loading", "engine_unavailable"):
+        for reason in (
+            *("queue_full", "rate_limit_exceeded"),
+            *("model_loading", "engine_unavailable", "engine_lost"),
+        ):
             self._rejected.labels(reason)
         self.disconnects = Counter(
             "gemma_client_disconnects", "Clients that left before their answer was complete.", registry=registry
@@ -232,6 +259,42 @@ class HttpMetrics:
     def rejected(self, reason: str) -> None:
         """`reason` is the code of the error that was answered."""
         self._rejected.labels(reason).inc()
+
+
+class SupervisionMetrics:
+    """How often the engine was replaced, and what that cost."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._restarts = Counter(
+            "gemma_engine_restarts",
+            "Engines that ended and were replaced, by why they ended.",
+            ("cause",),
+            registry=registry,
+        )
+        for cause in LossCause:
+            self._restarts.labels(cause.value)
+        self._lost = Counter(
+            "gemma_engine_sequences_lost", "Sequences that ended with an engine.", registry=registry
+        )
+        self._kept = Counter(
+            "gemma_engine_sequences_rerun",
+            "Sequences without an output that were handed from an engine that ended to the next one.",
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "gemma_engine_restart_seconds",
+            "From an engine's end until the next one was ready.",
+            buckets=RESTART_BUCKETS,
+            registry=registry,
+        )
+
+    def lost(self, loss: EngineLoss) -> None:
+        self._restarts.labels(loss.cause.value).inc()
+        self._lost.inc(loss.num_lost)
+        self._kept.inc(loss.num_kept)
+
+    def returned(self, seconds: float) -> None:
+        self._seconds.observe(seconds)
 
 
 class BatchMetrics:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
+from server import logs
 from server.batches.lines import (
     LINE_OVERHEAD_BYTES,
     Line,
@@ -31,12 +32,14 @@ from server.batches.lines import (
     read_lines,
     success_or_failure,
 )
+from server.batches.patience import final_answer
 from server.config import OptionError, ServerConfig, load_config
 
 if TYPE_CHECKING:
     from server.api.dispatch import RouteRequests
     from server.moderation import Policy
     from server.runtime import Runtime
+    from server.tracing import RequestTracer
 
 USAGE = """\
 usage: gemma-server run-batch INPUT OUTPUT [options]
@@ -67,13 +70,15 @@ def run_batch(arguments: Sequence[str]) -> int:
         print(USAGE, file=sys.stderr)
         return EXIT_BAD_USAGE
     from server.moderation import load_policies
+    from server.tracing import RequestTracer
 
     try:
         config = load_config(arguments[2:])
         policies = load_policies(config.moderation_policies)
+        tracer = None if config.otlp_traces_endpoint is None else RequestTracer(config.otlp_traces_endpoint)
     except OptionError as error:
         return _fail(str(error), os.EX_CONFIG)
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    logs.configure(config.log_level, config.log_format, "front")
     # What is about single requests would drown the progress.
     logging.getLogger("server.api").setLevel(logging.WARNING)
     try:
@@ -81,7 +86,7 @@ def run_batch(arguments: Sequence[str]) -> int:
             _seekable(arguments[0]) as source,
             _opened_output(arguments[1], source) as (output, answered),
         ):
-            return _answer(config, policies, source, output, answered)
+            return _answer(config, policies, tracer, source, output, answered)
     except _InputError as error:
         return _fail(str(error), os.EX_DATAERR)
     except OSError as error:
@@ -139,12 +144,14 @@ def _opened_output(name: str, source: BinaryIO) -> Iterator[tuple[BinaryIO, dict
 def _answer(
     config: ServerConfig,
     policies: Sequence[Policy],
+    tracer: RequestTracer | None,
     source: BinaryIO,
     output: BinaryIO,
     answered: dict[str, bool],
 ) -> int:
     # These take a second, which mistakes in the arguments need not wait for.
     from server.api.dispatch import post_paths
+    from server.api_keys import KeyRing
     from server.app import BATCH_ROUTERS, create_app
     from server.frontend.process_client import ProcessClient
     from server.runtime import Runtime
@@ -155,8 +162,10 @@ def _answer(
     )
     if errors:
         raise _InputError("\n".join(f"line {error.line}: {error.message}" for error in errors))
-    runtime = Runtime(config, ProcessClient(config.log_level))
-    requests: RouteRequests = create_app(runtime, policies=policies).state.requests
+    runtime = Runtime(config, ProcessClient(config))
+    no_keys = KeyRing(load_config([], {}))  # nobody connects
+    app = create_app(runtime, policies=policies, keys=no_keys, tracer=tracer)
+    requests: RouteRequests = app.state.requests
     source.seek(0)
     lines = (
         line
@@ -164,7 +173,11 @@ def _answer(
         if (line := parse_line(number, raw)).custom_id not in answered
     )
     run = _Run(requests, output, _Progress(total, answered.values()))
-    exit_code = asyncio.run(_with_engine(runtime, run, lines))
+    try:
+        exit_code = asyncio.run(_with_engine(runtime, run, lines))
+    finally:
+        if tracer is not None:
+            tracer.close()
     return exit_code or (EXIT_FAILURES if run.progress.num_failed else 0)
 
 
@@ -219,12 +232,8 @@ class _Run:
             self.progress.end()
 
     async def _result(self, line: Line) -> Result:
-        while True:
-            answer = await self._requests.answer(line.url, line.body, "")
-            if answer.status not in (429, 503):
-                return success_or_failure(line, answer)
-            # No room yet; or the engine is gone, and this is about to be cancelled.
-            await asyncio.sleep(BUSY_SECONDS)
+        answer = await final_answer(lambda: self._requests.answer(line.url, line.body, ""), BUSY_SECONDS)
+        return success_or_failure(line, answer)
 
 
 class _Progress:

@@ -11,11 +11,13 @@ import asyncio
 import concurrent.futures
 import ctypes
 import enum
+import gc
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from server.cache_directory import cache_directory
@@ -24,15 +26,15 @@ from server.engine.models.config import GemmaConfig
 from server.engine.models.config_reader import read_gguf
 from server.engine.models.gguf import read_metadata
 from server.engine.models.safetensors_dir import read_config
-from server.engine.types import EngineConfig, Loading
-from server.frontend.client import EngineClient, EngineDeadError
+from server.engine.types import EngineConfig, EngineInfo, Loading, StepStats
+from server.frontend.client import EngineClient, EngineDeadError, EngineLoss
 from server.frontend.grammar_check import GrammarChecker
 from server.frontend.served_model import ServedModel
 from server.frontend.vocabulary import make_byte_vocabulary, make_vocabulary
 from server.gguf_tokenizer import tokenizer_for_gguf
 from server.metrics import Metrics
 from server.model_source import DownloadProgress, ModelFiles, ModelSourceError, resolve
-from server.tokenizer import Tokenizer
+from server.tokenizer import START_RESPONSE, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +45,12 @@ _Model = tuple[ModelFiles, Tokenizer, GemmaConfig]
 class Phase(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
+    UNRESPONSIVE = "unresponsive"
+    """The engine shows no sign of life. It returns to READY, or is ended and replaced."""
+    RESTARTING = "restarting"
+    """The engine has ended, and another one is being started."""
     FAILED = "failed"
-    """The engine could not start, or died. For good: no other phase follows."""
+    """The engine could not start, or died too often. For good: no other phase follows."""
 
 
 class Runtime:
@@ -53,20 +59,29 @@ class Runtime:
     def __init__(self, config: ServerConfig, client: EngineClient) -> None:
         self.config = config
         self.client = client
-        self.metrics = Metrics()
+        self.metrics = Metrics(lambda: client.pid)
         self.model: ServedModel | None = None
         self.phase = Phase.STARTING
         self.stage = "starting"
-        """While STARTING what is being done, for people; when FAILED why."""
+        """While STARTING or RESTARTING what is being done, for people; when FAILED why."""
         self.fraction = 0.0
         """0..1 of the stage."""
         self.exit_code = 0
+        self.is_draining = False
+        """The server was told to end: whoever balances requests should look for another."""
+        self.takes_requests = True
+        """False once only those that were accepted before are answered."""
         self.on_failure: Callable[[], None] = lambda: None
         """Called once when the server can serve no more."""
         self._reading: concurrent.futures.Future[_Model] | None = None
         self._loading: asyncio.Task[None] | None = None
+        self._lost_at: float | None = None
+        """`time.monotonic()` seconds at which the engine ended, while there is none."""
         client.on_loading = self._on_loading
         client.on_step = self.metrics.record_step
+        client.on_loss = self._on_loss
+        client.on_return = self._on_return
+        client.on_silence = self._on_silence
         client.on_death = self._on_death
         client.make_vocabulary = lambda: make_vocabulary(*self._tokenizer_and_size())
         self.grammars = GrammarChecker(lambda: make_byte_vocabulary(*self._tokenizer_and_size()))
@@ -96,8 +111,9 @@ class Runtime:
         except (ModelSourceError, EngineDeadError, ValueError, OSError) as error:
             self._fail(str(error), os.EX_CONFIG)
             return
-        except Exception:  # a bug: unless it ends the server, the probes say "starting" for ever
-            logger.exception("unexpected error")
+        except Exception as error:  # a bug: unless it ends the server, the probes say "starting" for ever
+            # In words, too, which the log's tracebacks leave out: there has been no client yet.
+            logger.exception("unexpected error: %s", error)
             self._fail("the model cannot be loaded", os.EX_SOFTWARE)
             return
         if self.phase is Phase.FAILED:  # the engine died right behind its answer
@@ -111,7 +127,10 @@ class Runtime:
             info=info,
             stop_token_ids=_stop_token_ids(tokenizer, model_config),
         )
-        self.phase = Phase.READY
+        # What lives now lives for good; later collections, beside which nothing else runs, need not walk it.
+        gc.collect()
+        gc.freeze()
+        self._enter(Phase.READY if self._lost_at is None else Phase.RESTARTING, Phase.STARTING)
         seconds = time.monotonic() - started
         self.metrics.set_model(self.model, seconds)
         logger.info(
@@ -151,6 +170,43 @@ class Runtime:
     def _on_loading(self, loading: Loading) -> None:
         self.stage = loading.stage
         self.fraction = loading.fraction
+
+    def _on_loss(self, loss: EngineLoss) -> None:
+        logger.error(
+            "%s: %d sequences ended with it, %d wait for the next engine",
+            loss.reason,
+            loss.num_lost,
+            loss.num_kept,
+        )
+        self._lost_at = self._lost_at or time.monotonic()
+        self.stage, self.fraction = "restarting", 0.0
+        self.metrics.supervision.lost(loss)
+        if self.model is not None:
+            self.metrics.record_step(StepStats())  # nothing runs
+        self._enter(Phase.RESTARTING, Phase.READY, Phase.UNRESPONSIVE)
+
+    def _on_return(self, info: EngineInfo) -> None:
+        seconds = 0.0 if self._lost_at is None else time.monotonic() - self._lost_at
+        logger.info("the engine is back after %.1f s", seconds)
+        self._lost_at = None
+        self.metrics.supervision.returned(seconds)
+        if self.model is not None:  # its KV cache may have another size
+            self.model = replace(self.model, info=info)
+        self._enter(Phase.READY, Phase.RESTARTING)
+
+    def _on_silence(self, is_silent: bool) -> None:
+        if self._lost_at is not None or self.model is None:
+            return
+        logger.warning("the engine shows %s", "no sign of life" if is_silent else "signs of life again")
+        if is_silent:
+            self._enter(Phase.UNRESPONSIVE, Phase.READY)
+        else:
+            self._enter(Phase.READY, Phase.UNRESPONSIVE)
+
+    def _enter(self, phase: Phase, *sources: Phase) -> None:
+        """The server may be in another phase than the engine's, which then goes on."""
+        if self.phase in sources:
+            self.phase = phase
 
     def _on_death(self, reason: str) -> None:
         self._fail(reason, os.EX_CONFIG if self.model is None else os.EX_SOFTWARE)
@@ -213,6 +269,7 @@ def _read_model(files: ModelFiles) -> tuple[Tokenizer, GemmaConfig]:
     else:
         tokenizer = Tokenizer.from_file(tokenizer_for_gguf(files.path, cache_directory()))
         config = read_gguf(read_metadata(files.path, with_pieces=False))
+    tokenizer.check_fits(config.vocab_size)
     _return_freed_memory()
     return tokenizer, config
 
@@ -225,8 +282,16 @@ def _return_freed_memory() -> None:
 
 
 def _stop_token_ids(tokenizer: Tokenizer, model_config: GemmaConfig) -> tuple[int, ...]:
-    """Every id that ends a turn: a checkpoint's lists are known to leave `<end_of_turn>` or `<eos>` out."""
-    ids = {tokenizer.eos_id, *model_config.eos_token_ids}
-    if tokenizer.end_of_turn_id is not None:
-        ids.add(tokenizer.end_of_turn_id)
-    return tuple(sorted(ids))
+    """The tokenizer's and those that the checkpoint lists. Ids that the model cannot sample end nothing."""
+    listed = {token_id for token_id in model_config.eos_token_ids if 0 <= token_id < model_config.vocab_size}
+    return tuple(sorted(listed.union(end_token_ids(tokenizer))))
+
+
+def end_token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Every id that ends a turn: a checkpoint's lists are known to leave `<end_of_turn>` or `<eos>` out.
+
+    FunctionGemma begins a response behind its calls, and expects the rest of it from us.
+    """
+    response_id = tokenizer.function_ids.get(START_RESPONSE)
+    ids = (tokenizer.eos_id, tokenizer.end_of_turn_id, response_id)
+    return tuple(token_id for token_id in ids if token_id is not None)

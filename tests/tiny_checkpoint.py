@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,12 +13,12 @@ from tests.fixtures_tokenizers import make_tiny_tokenizer, make_tiny_tokenizer_j
 CONTEXT = 512
 
 
-def write_tiny_checkpoint(directory: Path, context: int = CONTEXT) -> Path:
+def write_tiny_checkpoint(directory: Path, context: int = CONTEXT, more_control: Sequence[str] = ()) -> Path:
     """A Gemma 3 with a window of 8 tokens and the tiny tokenizer; its greedy output is long and varied."""
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     config = Gemma3TextConfig(
-        vocab_size=make_tiny_tokenizer().vocab_size,
+        vocab_size=make_tiny_tokenizer(more_control).vocab_size,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=6,
@@ -37,5 +38,5 @@ def write_tiny_checkpoint(directory: Path, context: int = CONTEXT) -> Path:
         # Embeddings as large as the layers' outputs would make the tied head repeat the last token for ever.
         model.model.embed_tokens.weight.mul_(0.05)
     model.save_pretrained(directory)
-    (directory / "tokenizer.json").write_bytes(make_tiny_tokenizer_json())
+    (directory / "tokenizer.json").write_bytes(make_tiny_tokenizer_json(more_control))
     return directory

@@ -17,7 +17,7 @@ import psutil
 
 from benchmarks.load import first_model
 from benchmarks.peers.environments import VLLMInstallation
-from benchmarks.run import free_port
+from benchmarks.serve import free_port
 
 MAX_SEQUENCES = 32
 CONTEXT = 2048

@@ -1,8 +1,13 @@
-"""Reading a request's body: bounded in size, time and depth, and parsed here so that every error is ours."""
+"""Reading a request's body: bounded in size, time and structure, and parsed here so that every error is ours.
+
+The parser and the validation hold the interpreter's lock, so that a thread helps only between them: what bounds
+the time in which nothing else runs is the bound on what there is to parse.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -10,35 +15,39 @@ from pydantic_core import ErrorDetails, from_json
 from starlette.requests import Request
 
 from server.errors import (
-    BodyTimeoutError,
     BodyTooLargeError,
     InvalidRequestError,
+    RequestTimeoutError,
     UnsupportedMediaTypeError,
     shown,
 )
+from server.limits import BODY_SECONDS, MAX_ESCAPES, MAX_KEYS, MAX_OBJECTS, MAX_STRINGS, MAX_VALUES
 
-BODY_TIMEOUT_SECONDS = 30.0
-"""A body that is not complete by then is given up."""
+INLINE_BYTES = 1 << 16
+"""Larger bodies are parsed in a thread; smaller ones cannot hold so much that it would take long."""
 
 Body = TypeVar("Body", bound=BaseModel)
+Result = TypeVar("Result")
 
 
-async def read_object(request: Request, max_bytes: int) -> dict[str, object]:
-    """The JSON object in the body. Raises an ApiError that says what is wrong, or ClientDisconnect."""
+async def read_as(request: Request, max_bytes: int, make: Callable[[dict[str, object]], Result]) -> Result:
+    """What `make`, which may run in a thread, makes of the JSON object in the body.
+
+    Raises an ApiError that says what is wrong, or ClientDisconnect.
+    """
     _check_headers(request, max_bytes)
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
+        async with asyncio.timeout(BODY_SECONDS):
             data = await _read(request, max_bytes)
     except TimeoutError:
-        raise BodyTimeoutError(f"The body was not complete after {BODY_TIMEOUT_SECONDS:.0f} seconds.") from None
-    try:
-        # Refuses NaN, lone surrogates, invalid UTF-8, and more than 200 levels without recursing.
-        value = from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise InvalidRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from None
-    if not isinstance(value, dict):
-        raise InvalidRequestError("The body must be a JSON object.", code="invalid_json")
-    return value
+        raise RequestTimeoutError(f"The body was not complete after {BODY_SECONDS:g} seconds.") from None
+    request.state.is_large = len(data) > INLINE_BYTES
+    return await off_loop(request, lambda: make(_parse(data)))
+
+
+async def off_loop(request: Request, work: Callable[[], Result]) -> Result:
+    """The result of work that grows with the request's body, in a thread if that is large."""
+    return await asyncio.to_thread(work) if request.state.is_large else work()
 
 
 def validate(model: type[Body], value: dict[str, object]) -> Body:
@@ -47,6 +56,49 @@ def validate(model: type[Body], value: dict[str, object]) -> Body:
         return model.model_validate(value)
     except ValidationError as error:
         raise _explain(error.errors(include_url=False)) from None
+
+
+def _parse(data: bytes) -> dict[str, object]:
+    if len(data) > INLINE_BYTES:
+        _check_structure(data)
+    try:
+        # Refuses NaN, lone surrogates, invalid UTF-8, and more than MAX_NESTING levels without recursing.
+        value = from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise InvalidRequestError("The body must be a JSON object.", code="invalid_json")
+    return value
+
+
+def _check_structure(data: bytes) -> None:
+    """Refuse what would take long to parse. Bytes are counted, of which strings may hold any: only where there
+    are many, strings are left out."""
+    if (num_escapes := data.count(b"\\")) > MAX_ESCAPES:
+        raise _too_complex(num_escapes, "backslashes", MAX_ESCAPES)
+    has_few_strings = data.count(b'"') <= 2 * MAX_STRINGS
+    if has_few_strings and not list(_excesses(data)):
+        return
+    data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if (num_strings := data.count(b'"') // 2) > MAX_STRINGS:
+        raise _too_complex(num_strings, "strings", MAX_STRINGS)
+    for found, what, most in _excesses(b"".join(data.split(b'"')[::2])):
+        raise _too_complex(found, what, most)
+
+
+def _excesses(data: bytes) -> Iterator[tuple[int, str, int]]:
+    num_objects = data.count(b"{")
+    for found, what, most in (
+        (num_objects, "objects", MAX_OBJECTS),
+        (data.count(b":"), "keys", MAX_KEYS),
+        (data.count(b",") + data.count(b"[") + num_objects, "values", MAX_VALUES),
+    ):
+        if found > most:
+            yield found, what, most
+
+
+def _too_complex(found: int, what: str, most: int) -> InvalidRequestError:
+    return InvalidRequestError(f"The body holds {found} {what}, more than {most}.", code="body_too_complex")
 
 
 def _check_headers(request: Request, max_bytes: int) -> None:

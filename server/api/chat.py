@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, UnsetType
 
 from server.api import logprobs
+from server.api.body import off_loop
 from server.api.chat_messages import chat_messages
 from server.api.openapi import body_of
 from server.api.params import chat_logprobs, check_stream_options
@@ -28,6 +29,7 @@ from server.api.responses import (
     Usage,
 )
 from server.api.serving import ChunkUsage, answer, read_body, runtime_of, served_model, stream
+from server.api.terms import ENTERING
 from server.api.tool_plans import plan_chat_tools
 from server.api.turns import begin_turn
 from server.engine.types import PromptTokenLogprob, TokenLogprob
@@ -42,6 +44,7 @@ _CALL_ID = "call_{}"
 
 @router.post(
     "/v1/chat/completions",
+    dependencies=[ENTERING],
     summary="Continue a conversation",
     openapi_extra=body_of(ChatCompletionRequest, answer=ChatCompletion, stream=ChatCompletionChunk),
 )
@@ -50,8 +53,8 @@ async def create_chat_completion(request: Request) -> Response:
     body, headers = await read_body(request, ChatCompletionRequest)
     model = served_model(runtime, body.model)
     check_stream_options(body)
-    messages = chat_messages(body.messages)
-    tools = await plan_chat_tools(body, runtime.grammars, headers)
+    messages = await off_loop(request, lambda: chat_messages(body.messages))
+    tools = await plan_chat_tools(body, model, runtime.grammars, headers)
     by_new_name = body.max_completion_tokens is not None
     turn = await begin_turn(
         request,
@@ -112,17 +115,22 @@ class _Writer:
 
 async def _whole(turn: Turn, head: Head, writer: _Writer) -> ChatCompletion:
     whole = await turn.whole()
-    choices = [
-        ChatChoice(
-            index=index,
-            message=writer.message(choice),
-            logprobs=writer.logprobs(choice.logprobs),
-            finish_reason=choice.finish_reason,
-            stop_reason=choice.stop_reason,
-            token_ids=writer.token_ids(choice.token_ids),
-        )
-        for index, choice in enumerate(whole)
-    ]
+
+    def write() -> list[ChatChoice]:
+        return [
+            ChatChoice(
+                index=index,
+                message=writer.message(choice),
+                logprobs=writer.logprobs(choice.logprobs),
+                finish_reason=choice.finish_reason,
+                stop_reason=choice.stop_reason,
+                token_ids=writer.token_ids(choice.token_ids),
+            )
+            for index, choice in enumerate(whole)
+        ]
+
+    num_logprobs = sum(1 + len(token.top) for choice in whole for token in choice.logprobs or ())
+    choices = await logprobs.written(num_logprobs, 0, write)
     return ChatCompletion(
         head.id,
         head.created,

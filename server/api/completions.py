@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -22,7 +23,6 @@ from server.api.protocol import CompletionRequest
 from server.api.responses import Completion, CompletionChoice, Head, Usage
 from server.api.serving import (
     ChunkUsage,
-    admission_of,
     admit,
     answer,
     read_body,
@@ -30,16 +30,21 @@ from server.api.serving import (
     served_model,
     stream,
 )
+from server.api.terms import ENTERING, terms_of
 from server.errors import InvalidRequestError
-from server.frontend.admission import check_token_ids, resolve_max_tokens
+from server.frontend.fitting import check_token_ids, resolve_max_tokens
 from server.frontend.generation import ChoiceRequest, Generation, UsageCounts
 from server.frontend.served_model import ServedModel
 
 router = APIRouter()
 
+PROMPTS_AT_ONCE = 64
+"""Made choices of, before others have their turn on the event loop."""
+
 
 @router.post(
     "/v1/completions",
+    dependencies=[ENTERING],
     summary="Continue a text",
     openapi_extra=body_of(CompletionRequest, answer=Completion, stream=Completion),
 )
@@ -50,13 +55,15 @@ async def create_completion(request: Request) -> Response:
     check_stream_options(body)
     _check_combinations(body)
     num_choices = num_generated_choices(body)
-    admission_of(request).check_count(len(body.prompt) * num_choices)
+    terms_of(request).admission.check_count(len(body.prompt) * num_choices)
     logprobs = completion_logprobs(body, runtime.config.max_logprobs)
     constraints = await output_constraints(body, model, runtime.grammars)
     # What was written to fill a middle begins another file, or another middle, where it should end.
     more_stops = model.tokenizer.fim_ids.values() if body.suffix else ()
     choices = []
     for index, token_ids in enumerate(await prompts_of(body, model)):
+        if index % PROMPTS_AT_ONCE == 0:
+            await asyncio.sleep(0)
         max_tokens = resolve_max_tokens(
             len(token_ids),
             body.max_tokens,

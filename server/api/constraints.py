@@ -10,6 +10,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,11 @@ from server.api.formats import ResponseFormat, StructuredOutputs
 from server.api.prompts import INLINE_CHARS
 from server.api.protocol import GenerationFields
 from server.errors import InvalidRequestError
-from server.frontend.admission import check_token_ids
+from server.frontend.fitting import check_token_ids
 from server.frontend.grammar_check import GrammarChecker
 from server.frontend.grammar_worker import Question, Syntax
 from server.frontend.served_model import ServedModel
-from server.grammar_library import JSON_WHITESPACE, GrammarError
+from server.grammar_library import JSON_WHITESPACE, MAX_GRAMMAR_CHARS, GrammarError, quoted
 from server.tokenizer import InvalidTextError, Tokenizer
 
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
@@ -68,8 +69,15 @@ async def output_constraints(
 
 async def check_grammar(question: Question, grammars: GrammarChecker, param: str) -> str:
     """The grammar for SamplingParams. Raises InvalidRequestError that names `param`, and QueueFullError."""
-    try:
+    with refusing(param):
         return await grammars.check(question)
+
+
+@contextmanager
+def refusing(param: str) -> Iterator[None]:
+    """Turns a GrammarError into an InvalidRequestError that names `param`."""
+    try:
+        yield
     except GrammarError as error:
         message = " ".join(str(error)[: 2 * _LONGEST_MESSAGE].split())
         for theirs, ours in _IN_OUR_WORDS.items():
@@ -87,7 +95,7 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
 
 def choice_grammar(choices: list[str]) -> str:
     """A grammar of these texts."""
-    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    return "start: " + " | ".join(map(quoted, choices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +152,14 @@ def _of_structured_outputs(wanted: StructuredOutputs, name: str) -> Iterator[_Wa
     if wanted.regex is not None:
         yield _Wanted(name.format("regex"), Question(wanted.regex, Syntax.REGEX))
     if wanted.choice is not None:
-        yield _Wanted(name.format("choice"), Question(choice_grammar(wanted.choice)))
+        param = name.format("choice")
+        # Looked at here, since already to write such a grammar takes long.
+        if (size := sum(map(len, wanted.choice))) > MAX_GRAMMAR_CHARS:
+            raise InvalidRequestError(
+                f"'{param}' has texts of {size} characters; at most {MAX_GRAMMAR_CHARS} are allowed.",
+                param=param,
+            )
+        yield _Wanted(param, Question(choice_grammar(wanted.choice)))
     if wanted.grammar is not None:
         syntax = Syntax.GBNF if _GBNF_RULE.search(wanted.grammar) else Syntax.NATIVE
         yield _Wanted(name.format("grammar"), Question(wanted.grammar, syntax))

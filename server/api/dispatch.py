@@ -20,9 +20,13 @@ from starlette.types import Message, Receive, Scope
 
 from server.api.ignored_fields import HEADER
 from server.api.responses import encode
+from server.api.terms import Terms
+from server.api_keys import Limits, Tenant
 from server.batches.lines import Answer
 from server.errors import ApiError, InternalError
 from server.frontend.admission import Admission
+from server.frontend.limits import Account
+from server.request_scope import RequestScope, request_scope
 from server.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -41,8 +45,10 @@ class RouteRequests:
         self._app = app
         self._runtime = runtime
         self._admission: Admission = app.state.admission
-        # Their own bound: however many lines run, no client finds the queue full for it.
+        # Their own bound: however many lines run, no client finds the queue full for it. Limits of a key and
+        # deadlines are for who waits for an answer: lines run in what is left, and a batch has a day.
         self._own_admission = Admission(runtime.config.max_queued_requests)
+        self._own_account = Account(Limits())
         self._answering = ExceptionMiddleware(
             AsyncExitStackMiddleware(app.router), handlers=app.exception_handlers
         )
@@ -56,8 +62,9 @@ class RouteRequests:
         return self._admission.in_flight == 0 and since >= IDLE_SECONDS
 
     async def answer(self, url: str, body: bytes, owner: str) -> Answer:
-        """The route's answer, which is no stream. `owner` is the key's id, as in a request's state."""
-        request_id = uuid.uuid4().hex
+        """The route's answer, which is no stream. `owner` is the id of a tenant."""
+        request_id, tenant = uuid.uuid4().hex, Tenant(owner)
+        token = request_scope.set(RequestScope(request_id))
         collector = _Collector()
         scope: Scope = {
             "type": "http",
@@ -77,9 +84,8 @@ class RouteRequests:
                 "request_id": request_id,
                 "arrival": time.monotonic(),
                 "client_left": False,
-                "key_id": owner,
-                "least_priority": PRIORITY,
-                "admission": self._own_admission,
+                "tenant": tenant,
+                "terms": Terms(tenant, self._own_admission, self._own_account, least_priority=PRIORITY),
             },
         }
         try:
@@ -88,6 +94,8 @@ class RouteRequests:
             logger.exception("request %s of a batch failed", request_id)
             error: ApiError = InternalError(request_id)
             return Answer(error.status, encode(error.body()), request_id)
+        finally:
+            request_scope.reset(token)
         return Answer(
             collector.status,
             bytes(collector.body),

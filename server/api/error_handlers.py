@@ -8,14 +8,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from server.api.error_responses import error_response
+from server.api.error_responses import error_response, no_such_route
 from server.api.middleware import CLIENT_LEFT
 from server.api.serving import runtime_of
 from server.errors import (
     ApiError,
     InvalidRequestError,
     MethodNotAllowedError,
-    RouteNotFoundError,
     shown,
 )
 
@@ -38,12 +37,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     """The framework's own: no such route, or not with this method."""
     assert isinstance(error, HTTPException)
     path = request.scope["path"]
-    asked = f"{request.method} {shown(path)[1:-1]}"
     if error.status_code == 404:
-        return error_response(RouteNotFoundError(f"There is no {asked}."), path)
+        return error_response(no_such_route(request.method, path), path)
     if error.status_code == 405:
         allow = (error.headers or {}).get("Allow")
-        message = f"There is no {asked}; the path takes {allow}."
+        message = f"There is no {request.method} {shown(path)[1:-1]}; the path takes {allow}."
         return error_response(MethodNotAllowedError(message, allow), path)
     return error_response(InvalidRequestError(str(error.detail)), path)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.responses import Response
 
 from server.api.responses import json_response
-from server.errors import ApiError
+from server.errors import ApiError, RouteNotFoundError, shown
 
 _MESSAGES = "/v1/messages"
 _ANTHROPIC_TYPES = {
@@ -15,6 +15,7 @@ _ANTHROPIC_TYPES = {
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 
 
@@ -22,6 +23,10 @@ def error_response(error: ApiError, path: str) -> Response:
     """`path`: as routing sees it."""
     body = anthropic_body(error) if is_anthropic(path) else error.body()
     return json_response(body, status=error.status, headers=error.headers)
+
+
+def no_such_route(method: str, path: str) -> RouteNotFoundError:
+    return RouteNotFoundError(f"There is no {method} {shown(path)[1:-1]}.")
 
 
 def is_anthropic(path: str) -> bool:

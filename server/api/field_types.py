@@ -4,20 +4,36 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
 
-MAX_PROMPTS = 1024
-"""Prompts in one completion request, as in vLLM."""
-MAX_STOP_STRINGS = 4
-MAX_STOP_CHARS = 1000
-MAX_LOGIT_BIAS = 1024
-MAX_BAD_WORD_CHARS = 1000
+from server.limits import (
+    MAX_BAD_WORD_CHARS,
+    MAX_LOGIT_BIAS,
+    MAX_PROMPTS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+)
 
 
 class WireModel(BaseModel):
     """A JSON object from a client: no coercion ("5" is no number), unknown fields are kept to be named."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _let_others_run(cls, value: Any) -> Any:
+        """Validation is one long call, within which the interpreter lets other threads run only where it comes
+        to Python code: here."""
+        return value
 
 
 def _strings(value: Any) -> tuple[str, ...]:

@@ -19,11 +19,11 @@ from server.batches.database import storage_errors
 from server.batches.objects import DeletedFile, Page
 from server.batches.runner import BatchRunner
 from server.errors import (
-    BodyTimeoutError,
     BodyTooLargeError,
     FeatureOffError,
     InvalidRequestError,
     ObjectNotFoundError,
+    RequestTimeoutError,
     UnsupportedMediaTypeError,
     shown,
 )
@@ -176,7 +176,7 @@ async def _read_form(request: Request, max_bytes: int) -> FormData:
                 # Raises HTTPException, which has an answer, for what is no such form.
                 return await bounded.form(max_files=1, max_fields=MOST_FIELDS, max_part_size=1024)
     except TimeoutError:
-        raise BodyTimeoutError(
+        raise RequestTimeoutError(
             f"The file was not complete after {UPLOAD_TIMEOUT_SECONDS:.0f} seconds."
         ) from None
 

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from server.api.field_types import WireModel
-
-MAX_CHOICES = 10_000
+from server.limits import MAX_CHOICES
 
 JsonSchema = dict[str, Any] | bool
 Choices = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]

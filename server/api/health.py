@@ -1,8 +1,9 @@
 """Three probes with three meanings, for an orchestrator's three questions.
 
-- /livez: should the process be left alone? Its event loop answers and its engine has not died.
+- /livez: should the process be left alone? Its event loop answers, and it has not given up on its engine.
 - /startupz: is the load over? 503 before, with how far it is.
-- /readyz, and /health as vLLM calls it: should traffic come here? The model is loaded and its engine alive.
+- /readyz, and /health as vLLM calls it: should traffic come here? The model is loaded, its engine shows signs
+  of life, and the server was not told to end.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ async def startupz(request: Request) -> Response:
 @router.get("/health", summary="Can requests be served?")
 async def readyz(request: Request) -> Response:
     runtime = runtime_of(request)
-    return _probe(runtime, passes=runtime.phase is Phase.READY)
+    return _probe(runtime, passes=runtime.phase is Phase.READY and not runtime.is_draining)
 
 
 @router.get("/version", summary="The server's version")
@@ -43,9 +44,10 @@ async def version() -> Response:
 
 
 def _probe(runtime: Runtime, *, passes: bool) -> Response:
-    progress = Progress(runtime.phase)
+    is_draining = runtime.is_draining and runtime.phase is not Phase.FAILED
+    progress = Progress("draining" if is_draining else runtime.phase)
     # A failure's reason may name paths; probes need no key, so that it is only in the log.
-    if runtime.phase is Phase.STARTING:
+    if runtime.phase in (Phase.STARTING, Phase.RESTARTING):
         progress.stage, progress.fraction = runtime.stage, runtime.fraction
     if passes:
         return json_response(progress)

@@ -10,23 +10,25 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, Struct, UnsetType
 from pydantic import Field, PlainValidator, WithJsonSchema
 
+from server.api.body import off_loop
 from server.api.field_types import WireModel
 from server.api.openapi import body_of
 from server.api.prompts import rendered_token_ids
 from server.api.protocol import MODEL, GenerationFields
 from server.api.responses import Head
-from server.api.serving import admission_of, admit, answer, read_body, runtime_of, served_model
+from server.api.serving import admit, answer, read_body, runtime_of, served_model
+from server.api.terms import ENTERING, terms_of
 from server.engine.types import SamplingParams
 from server.errors import InvalidRequestError
-from server.frontend.admission import resolve_max_tokens
+from server.frontend.fitting import resolve_max_tokens
 from server.frontend.generation import ChoiceRequest, Generation
 from server.frontend.request_state import StopConditions
 from server.frontend.served_model import ServedModel
+from server.limits import MAX_PROMPTS
 from server.moderation import Policy, answer_ids, question, score
 
 router = APIRouter()
 
-MAX_INPUTS = 1024
 WARNING_HEADER = "x-warning"
 WARNING = (
     "The served model is not a ShieldGemma by its name: it was not trained for this question, and its scores "
@@ -38,7 +40,7 @@ def _texts(value: Any) -> list[str]:
     """`input` in its three forms; the parts of one text become one."""
     if isinstance(value, str):
         return [value]
-    if isinstance(value, list) and 0 < len(value) <= MAX_INPUTS:
+    if isinstance(value, list) and 0 < len(value) <= MAX_PROMPTS:
         if all(isinstance(item, str) for item in value):
             return value
         if all(isinstance(item, dict) for item in value):
@@ -46,7 +48,7 @@ def _texts(value: Any) -> list[str]:
             if all(isinstance(part, str) for part in parts):
                 return ["\n".join(part for part in parts if part is not None)]
             raise ValueError("must have parts of type text only: this model sees no images")
-    raise ValueError(f"must be a string, a list of 1 to {MAX_INPUTS} strings, or a list of text parts")
+    raise ValueError(f"must be a string, a list of 1 to {MAX_PROMPTS} strings, or a list of text parts")
 
 
 class ModerationRequest(WireModel):
@@ -58,7 +60,7 @@ class ModerationRequest(WireModel):
             {
                 "anyOf": [
                     {"type": "string"},
-                    {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_INPUTS},
+                    {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
                     {
                         "type": "array",
                         "items": {
@@ -67,7 +69,7 @@ class ModerationRequest(WireModel):
                             "required": ["type", "text"],
                         },
                         "minItems": 1,
-                        "maxItems": MAX_INPUTS,
+                        "maxItems": MAX_PROMPTS,
                     },
                 ]
             }
@@ -92,6 +94,7 @@ class Moderation(Struct):
 
 @router.post(
     "/v1/moderations",
+    dependencies=[ENTERING],
     summary="Which policies a text violates",
     openapi_extra=body_of(ModerationRequest, answer=Moderation),
 )
@@ -100,8 +103,8 @@ async def create_moderation(request: Request) -> Response:
     body, headers = await read_body(request, ModerationRequest)
     model = served_model(runtime, body.model)
     policies: Sequence[Policy] = request.app.state.policies
-    admission_of(request).check_count(len(body.input) * len(policies))
-    choices = await _choices(body.input, policies, model)
+    terms_of(request).admission.check_count(len(body.input) * len(policies))
+    choices = await _choices(request, body.input, policies, model)
     generation = admit(request, model, choices, GenerationFields.model_validate({}))
     warning: str | UnsetType = UNSET
     if not any("shieldgemma" in name.lower() for name in (model.root, *model.names)):
@@ -110,11 +113,16 @@ async def create_moderation(request: Request) -> Response:
     return await answer(request, generation, _whole(generation, head, body.input, policies, warning), headers)
 
 
-async def _choices(texts: Sequence[str], policies: Sequence[Policy], model: ServedModel) -> list[ChoiceRequest]:
+async def _choices(
+    request: Request, texts: Sequence[str], policies: Sequence[Policy], model: ServedModel
+) -> list[ChoiceRequest]:
     """One sequence of one token for each text and policy: the first text's policies come first."""
     try:
         ids = answer_ids(model.tokenizer)
-        prompts = [question(text, policy, model.tokenizer) for text in texts for policy in policies]
+        prompts = await off_loop(
+            request,
+            lambda: [question(text, policy, model.tokenizer) for text in texts for policy in policies],
+        )
     except ValueError as error:
         raise InvalidRequestError(f"{str(error).capitalize()}.", param="model") from None
     sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0, logprobs=0, logprob_token_ids=ids)

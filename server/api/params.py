@@ -10,10 +10,10 @@ from server.api.constraints import OutputConstraints
 from server.api.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
 from server.engine.types import SamplingParams
 from server.errors import InvalidRequestError
-from server.frontend.admission import check_token_ids
+from server.frontend.fitting import check_token_ids
 from server.frontend.request_state import StopConditions
 from server.frontend.served_model import ServedModel
-from server.frontend.tool_grammar import ToolPlan
+from server.frontend.tool_plan import NO_TOOLS, ToolPlan
 
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_TOP_P = 1.0
@@ -22,7 +22,6 @@ SMALLEST_TOP_P = 1e-9
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's defaults."""
 SEED_BITS = 64
-NO_TOOLS = ToolPlan()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +131,7 @@ def choices_of_prompt(
         strings=() if tools.is_required else body.stop,
         include_in_output=bool(body.include_stop_str_in_output),
         min_tokens=min_tokens,
-        tool_names=tools.names,
+        tools=tools,
         silent_token_ids=frozenset(model_stops) - frozenset(own_stops),
     )
     first_seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from server.api.protocol import GenerationFields
-from server.chat_template import ChatMessage, ChatTemplateError, RenderedChat, render_chat
+from server.chat_template import ChatMessage, ChatTemplateError, RenderedChat
 from server.errors import InvalidRequestError
-from server.frontend.admission import check_text_length
+from server.frontend.fitting import check_text_length
 from server.frontend.served_model import ServedModel
+from server.frontend.tool_plan import NO_TOOLS, ToolPlan
 from server.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, InvalidTextError
 
 INLINE_CHARS = 4000
@@ -31,7 +32,7 @@ async def chat_token_ids(
     messages: Sequence[ChatMessage],
     model: ServedModel,
     *,
-    declarations: str = "",
+    tools: ToolPlan = NO_TOOLS,
     add_generation_prompt: bool | None = None,
     continue_final_message: bool | None = None,
     param: str = "messages",
@@ -40,7 +41,7 @@ async def chat_token_ids(
     prompt = await chat_prompt(
         messages,
         model,
-        declarations=declarations,
+        tools=tools,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
         param=param,
@@ -52,7 +53,7 @@ async def chat_prompt(
     messages: Sequence[ChatMessage],
     model: ServedModel,
     *,
-    declarations: str = "",
+    tools: ToolPlan = NO_TOOLS,
     add_generation_prompt: bool | None = None,
     continue_final_message: bool | None = None,
     param: str = "messages",
@@ -66,14 +67,21 @@ async def chat_prompt(
         )
     begins = add_generation_prompt is not False
     continues = bool(continue_final_message)
-    num_chars = len(declarations) + sum(
+    num_chars = tools.num_chars + sum(
         len(message.text) + sum(len(call.name) + len(call.arguments) for call in message.calls)
         for message in messages
     )
     check_text_length(num_chars, model.info.max_model_len, param)
 
     def render() -> ChatPrompt:
-        rendered = render_chat(messages, model.tokenizer, begins, continues, declarations)
+        rendered = model.tool_form.render(
+            messages,
+            model.tokenizer,
+            tools.tools,
+            is_parallel=tools.is_parallel,
+            add_generation_prompt=begins,
+            continue_final_message=continues,
+        )
         return ChatPrompt(rendered.token_ids(model.tokenizer), rendered.notes)
 
     return await _run(render, num_chars, param)

@@ -12,19 +12,18 @@ from pydantic import Field
 from server.api.field_types import BadWord, LogitBias, Prompts, StopStrings, TokenIds, TokensToKeep, WireModel
 from server.api.formats import Choices, ResponseFormat, StructuredOutputs
 from server.api.tools import DeclaredTool, ToolChoiceField
+from server.limits import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
+    MAX_CACHE_SALT_CHARS,
+    MAX_CALLS,
+    MAX_LOGPROB_TOKEN_IDS,
+    MAX_MESSAGES,
+    MAX_N,
+    MAX_NAME_CHARS,
+    MAX_STOP_TOKEN_IDS,
+)
 from server.tool_format import Tool
-
-MAX_N = 128
-MAX_STOP_TOKEN_IDS = 256
-MAX_LOGPROB_TOKEN_IDS = 256
-MAX_ALLOWED_TOKEN_IDS = 16_384
-MAX_BAD_WORDS = 128
-MAX_MESSAGES = 10_000
-MAX_CACHE_SALT_CHARS = 128
-MAX_CALLS = 1024
-"""Tool calls in one message."""
-MAX_NAME_CHARS = 128
-"""Of a function that was called: its name is repeated with each result."""
 
 # Fields of several bodies.
 MODEL: Any = Field(None, description="A name of the served model. Default: the one there is.")
@@ -207,7 +206,8 @@ class MessageToolCall(WireModel):
 
 class Message(WireModel):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
-        description="Who speaks; what a system or developer says goes into the next user turn. Required."
+        description="Who speaks; what a system or developer says goes into the next user turn, or with"
+        " FunctionGemma into the developer's. Required."
     )
     content: str | TextParts | None = Field(
         None,

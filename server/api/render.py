@@ -9,6 +9,7 @@ from typing import Literal
 from fastapi import APIRouter, Request, Response
 from msgspec import Struct
 
+from server.api.body import off_loop
 from server.api.chat_messages import chat_messages
 from server.api.completions import prompts_of
 from server.api.openapi import body_of
@@ -47,11 +48,11 @@ async def render_chat_completion(request: Request) -> Response:
     runtime = runtime_of(request)
     body, headers = await read_body(request, ChatCompletionRequest)
     model = served_model(runtime, body.model)
-    tools = await plan_chat_tools(body, runtime.grammars, headers)
+    tools = await plan_chat_tools(body, model, runtime.grammars, headers)
     rendered = await chat_prompt(
-        chat_messages(body.messages),
+        await off_loop(request, lambda: chat_messages(body.messages)),
         model,
-        declarations=tools.declarations,
+        tools=tools,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
     )

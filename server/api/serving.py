@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from functools import partial
 from typing import TypeVar
 
 from msgspec import UNSET, UnsetType
@@ -12,15 +13,26 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from server.api import ignored_fields
-from server.api.body import read_object, validate
+from server.api.body import read_as, validate
 from server.api.protocol import GenerationFields, StreamOptions
 from server.api.responses import Usage, json_response
 from server.api.sse import CHUNKS, EventFormat, GenerationStream
-from server.errors import EngineUnavailableError, ModelLoadingError, ModelNotFoundError, shown
-from server.frontend.admission import Admission
-from server.frontend.generation import ChoiceRequest, Generation
+from server.api.terms import tenant_of, terms_of
+from server.api_keys import Tenant
+from server.errors import (
+    ApiError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    ModelLoadingError,
+    ModelNotFoundError,
+    ShuttingDownError,
+    shown,
+)
+from server.frontend.generation import ChoiceRequest, Generation, Origin
 from server.frontend.served_model import ServedModel
+from server.request_scope import request_scope
 from server.runtime import Phase, Runtime
+from server.tracing import RequestTracer
 
 Body = TypeVar("Body", bound=BaseModel)
 Result = TypeVar("Result")
@@ -31,22 +43,20 @@ def runtime_of(request: Request) -> Runtime:
     return runtime
 
 
-def admission_of(request: Request) -> Admission:
-    """The bound that applies: a request that comes from a batch brings that of batches."""
-    admission: Admission = getattr(request.state, "admission", request.app.state.admission)
-    return admission
-
-
 def owner_of(request: Request) -> str:
-    """The id of the API key that was presented; empty if the server asks for none."""
-    return getattr(request.state, "key_id", "")
+    """The id of whose API key was presented; empty if the server asks for none."""
+    return tenant_of(request).id
 
 
 async def read_body(request: Request, model: type[Body]) -> tuple[Body, dict[str, str]]:
     """The request's body, and the response headers that tell what of it was ignored."""
     config = runtime_of(request).config
-    body = validate(model, await read_object(request, config.max_body_bytes))
-    return body, ignored_headers(body, strict=config.strict)
+
+    def make(value: dict[str, object]) -> tuple[Body, dict[str, str]]:
+        body = validate(model, value)
+        return body, ignored_headers(body, strict=config.strict)
+
+    return await read_as(request, config.max_body_bytes, make)
 
 
 def ignored_headers(body: BaseModel, *, strict: bool) -> dict[str, str]:
@@ -55,8 +65,10 @@ def ignored_headers(body: BaseModel, *, strict: bool) -> dict[str, str]:
 
 
 def served_model(runtime: Runtime, name: str | None = None) -> ServedModel:
-    """The model, if it is there and is called `name`. Raises ModelLoadingError, EngineUnavailableError,
-    ModelNotFoundError."""
+    """The model, if it is there and is called `name`. Raises ShuttingDownError, ModelLoadingError,
+    EngineUnavailableError, ModelNotFoundError."""
+    if not runtime.takes_requests:
+        raise ShuttingDownError("The server is shutting down and takes no more requests.")
     if runtime.phase is Phase.FAILED:
         raise EngineUnavailableError
     if runtime.model is None:
@@ -72,18 +84,41 @@ def served_model(runtime: Runtime, name: str | None = None) -> ServedModel:
 def admit(
     request: Request, model: ServedModel, choices: Sequence[ChoiceRequest], body: GenerationFields
 ) -> Generation:
-    """Room for `choices`, which `body` asks for, or QueueFullError."""
-    runtime = runtime_of(request)
-    permit = admission_of(request).acquire(len(choices))
+    """Room for `choices`, which `body` asks for.
+
+    Raises EngineUnavailableError, QueueFullError, RateLimitError, InvalidRequestError.
+    """
+    runtime, terms = runtime_of(request), terms_of(request)
+    if runtime.phase is Phase.RESTARTING:
+        raise EngineUnavailableError("The engine is being restarted. Try again in some seconds.")
+    tenant = terms.tenant
+    priority = max(_priority(body.priority, tenant), terms.least_priority)
+    num_prompt_tokens = sum(
+        len(token_ids)
+        for token_ids in {choice.prompt_index: choice.prompt_token_ids for choice in choices}.values()
+    )
+    num_output_tokens = sum(choice.sampling.max_tokens for choice in choices)
+    held = terms.held
+    charge = terms.account.charge(len(choices), num_prompt_tokens + num_output_tokens)
+    try:
+        permit = terms.admission.acquire(len(choices), num_prompt_tokens, held)
+    except ApiError:
+        charge.settle(0)
+        raise
+    tracer: RequestTracer | None = request.app.state.tracer
+    cache_salt = _cache_salt(tenant.id, body.cache_salt or "")
+    origin = Origin(tenant.id, cache_salt, priority, client_request_id=request.state.request_id)
     return Generation(
         choices,
         client=runtime.client,
         tokenizer=model.tokenizer,
         metrics=runtime.metrics.requests,
         permit=permit,
+        charge=charge,
         arrival=request.state.arrival,
-        cache_salt=_cache_salt(owner_of(request), body.cache_salt or ""),
-        priority=max(body.priority or 0, _least_priority(request)),
+        deadlines=terms.deadlines,
+        origin=origin,
+        on_end=None if tracer is None else partial(tracer.record, model.names[0], request_scope.get()),
     )
 
 
@@ -151,11 +186,19 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _least_priority(request: Request) -> int:
-    """What a request cannot be more urgent than: those of batches come behind others."""
-    return getattr(request.state, "least_priority", -(2**63))
+def _priority(asked: int | None, tenant: Tenant) -> int:
+    """Raises InvalidRequestError for one that is more urgent than the API key allows."""
+    if asked is not None and asked < tenant.least_priority:
+        raise InvalidRequestError(
+            f"'priority' must be at least {tenant.least_priority} with this API key, got {asked}.",
+            param="priority",
+        )
+    return max(0, tenant.least_priority) if asked is None else asked
 
 
-def _cache_salt(key_id: str, client_salt: str) -> str:
-    """Keys do not share prefixes: the time to a first token would tell one what another has asked for."""
-    return f"{key_id}/{client_salt}" if key_id or client_salt else ""
+def _cache_salt(tenant_id: str, client_salt: str) -> str:
+    """Tenants do not share prefixes: the time to a first token would tell one what another has asked for.
+
+    No id has a slash, so that no salt can make up another's.
+    """
+    return f"{tenant_id}/{client_salt}" if tenant_id or client_salt else ""

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import SendTimeoutError
+from sse_starlette.sse import AppStatus, SendTimeoutError
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
@@ -22,14 +22,14 @@ from server.api.responses import encode
 from server.config import ServerConfig
 from server.errors import ApiError, InternalError
 from server.frontend.generation import Generation
+from server.limits import SEND_SECONDS
 from server.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
 # It would log every chunk at `debug`: prompts and answers do not belong in a log.
 logging.getLogger("sse_starlette").setLevel(logging.INFO)
-
-SEND_TIMEOUT_SECONDS = 60.0
-"""A client that reads nothing for so long has left."""
+# It would cut every stream as soon as the server is told to end, which has its own way of ending (http_server).
+AppStatus.enable_automatic_graceful_drain = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +92,8 @@ class GenerationStream(EventSourceResponse):
             headers={"cache-control": "no-cache", **headers},
             ping=config.sse_keep_alive_interval,
             ping_message_factory=form.ping,
-            send_timeout=SEND_TIMEOUT_SECONDS,
+            send_timeout=SEND_SECONDS,
             client_close_handler_callable=self._on_close,
-            # Without it the library would cut every stream as soon as the server is told to end.
-            shutdown_grace_period=config.shutdown_timeout,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

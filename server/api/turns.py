@@ -13,10 +13,10 @@ from server.api.protocol import GenerationFields
 from server.api.serving import admit, runtime_of
 from server.api.tool_plans import constrained_to
 from server.chat_template import ChatMessage
-from server.frontend.admission import check_token_ids, resolve_max_tokens
+from server.frontend.fitting import check_token_ids, resolve_max_tokens
 from server.frontend.generation import ChoiceRequest
 from server.frontend.served_model import ServedModel
-from server.frontend.tool_grammar import ToolPlan
+from server.frontend.tool_plan import ToolPlan
 from server.frontend.turn import Turn
 
 
@@ -45,7 +45,7 @@ async def begin_turn(
     rendered = await chat_token_ids(
         messages,
         model,
-        declarations=tools.declarations,
+        tools=tools,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
         param=messages_param,
@@ -75,4 +75,4 @@ async def begin_turn(
             tools=tools,
         )
     ]
-    return Turn(admit(request, model, choices, fields), prompt, tools.names, max_tokens)
+    return Turn(admit(request, model, choices, fields), prompt, tools, max_tokens)

@@ -33,6 +33,7 @@ from server.batches.lines import (
     success_or_failure,
 )
 from server.batches.objects import Batch, BatchErrors, BatchStatus
+from server.batches.patience import final_answer
 from server.batches.slots import Slots
 from server.batches.store import Store
 from server.errors import ConflictError, StorageError
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 """Between two looks whether the model is loaded."""
 BUSY_SECONDS = 1.0
-"""Before a line is tried again that found no room in the queue."""
+"""Before a line is tried again that found no room in the queue, or no engine."""
 STORAGE_RETRY_SECONDS = 30.0
 """Before a batch goes on that the disk stopped."""
 SWEEP_SECONDS = 600.0
@@ -71,10 +72,6 @@ class Requests(Protocol):
 
     async def answer(self, url: str, body: bytes, owner: str) -> Answer:
         """As a client with the owner's key would be answered, but after everybody else."""
-
-
-class EngineGoneError(Exception):
-    """No line can be answered before the server has been started again."""
 
 
 class BatchRunner:
@@ -158,8 +155,6 @@ class BatchRunner:
             except StorageError as error:
                 logger.error("%s waits: %s", batch_id, error.message)
                 await asyncio.sleep(STORAGE_RETRY_SECONDS)
-            except EngineGoneError:
-                return  # the server is about to end, and the next one goes on
             except Exception:  # a bug; the batch stays as it is, so that a repaired server can go on with it
                 logger.exception("%s cannot go on", batch_id)
                 return
@@ -216,7 +211,7 @@ class BatchRunner:
         return batch
 
     async def _answer_lines(self, owner: str, batch: Batch) -> None:
-        """Raises StorageError, EngineGoneError."""
+        """Raises StorageError."""
         # Without room for an answer there is no point in computing one.
         await self.store.batches.check_room(owner, batch.id)
         try:
@@ -230,13 +225,7 @@ class BatchRunner:
             raise group_error.exceptions[0] from None
 
     async def _answer_line(self, owner: str, batch_id: str, line: Line) -> None:
-        while True:
-            answer = await self._requests.answer(line.url, line.body, owner)
-            if answer.status == 503:
-                raise EngineGoneError
-            if answer.status != 429:
-                break
-            await asyncio.sleep(BUSY_SECONDS)
+        answer = await final_answer(lambda: self._requests.answer(line.url, line.body, owner), BUSY_SECONDS)
         result = success_or_failure(line, answer)
         await self.store.batches.add_result(batch_id, result)
         self._metrics.answered(is_success=result.is_success)

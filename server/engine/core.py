@@ -5,7 +5,10 @@ and the scheduler takes the result in. Laws:
 
 1. Each added request yields exactly one output with a finish_reason, whatever happens to it.
 2. Only `runner.execute` touches the device. Nothing here imports torch.
-3. An exception out of `step` leaves the KV cache in an unknown state: the owner must let the engine die.
+3. A step that fails ends the sequences that it computed and no others (`server/engine/faults.py`); of what it
+   wrote nothing is found again.
+4. An exception out of `step` means that KV cache or device are in an unknown state: the owner must let the
+   engine die.
 """
 
 from __future__ import annotations
@@ -13,17 +16,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
-from server.batching import NeverFitsError, ScheduledBatch, Scheduler
+from server.batching import NeverFitsError, ScheduledBatch, ScheduledSequence, Scheduler
+from server.engine.faults import GuardedRunner, Runner
 from server.engine.grammar.compiler import GrammarCompiler
+from server.engine.inspection import StepLog, snapshot_of
 from server.engine.pacing import PrefillPacer
-from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence
 from server.engine.types import (
     FinishReason,
     GenerateRequest,
     SequenceOutput,
+    Snapshot,
     StepOutput,
     StepStats,
     Vocabulary,
@@ -31,11 +35,6 @@ from server.engine.types import (
 from server.grammar_library import GrammarError
 
 logger = logging.getLogger(__name__)
-
-
-class Runner(Protocol):
-    def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
-        """Compute the batch's tokens; `num_sampled` results for each sequence, in the batch's order."""
 
 
 class EngineCore:
@@ -49,22 +48,27 @@ class EngineCore:
         grammars: GrammarCompiler,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.on_begun: Callable[[list[str]], None] = lambda request_ids: None
+        """Called before a step with the sequences that no step has computed before."""
         self._scheduler = scheduler
         self._pacer = pacer
-        self._runner = runner
+        self._runner = GuardedRunner(runner)
         self._grammars = grammars
         self._compiling: dict[str, Sequence] = {}
         """Those whose grammar is not there yet, by request id; the scheduler does not know them."""
         self._clock = clock
         self._terminal: list[SequenceOutput] = []
         """Ends that came about between steps; they leave with the next output."""
+        self._steps = StepLog()
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """What grammars are matched against; once, before the first of them."""
         self._grammars.set_vocabulary(vocabulary)
 
     def add(self, request: GenerateRequest) -> None:
-        self._add(Sequence.from_request(request))
+        seq = Sequence.from_request(request)
+        seq.arrived_at = self._clock()
+        self._add(seq)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -89,15 +93,27 @@ class EngineCore:
                 seq.request_id,
                 seq.num_tokens,
                 seq.num_preemptions,
+                extra={"fields": {"request_id": seq.request.client_request_id}},
             )
-        sampled = self._runner.execute(batch) if batch.sequences else []
-        outputs = self._scheduler.update(batch, sampled)
+        if begun := [scheduled.seq.request_id for scheduled in batch.sequences if _begins(scheduled)]:
+            self.on_begun(begun)
+        executed = self._runner.execute(batch)
+        outputs = self._scheduler.fail(executed.failed, executed.error)
+        outputs += self._scheduler.update(ScheduledBatch(executed.done, batch.preempted), executed.sampled)
         finished = self._clock()
         num_streams = sum(scheduled.num_new - len(scheduled.draft) == 1 for scheduled in batch.sequences)
         num_prefill_tokens = batch.num_tokens - batch.num_draft_tokens - num_streams
-        self._pacer.record(num_streams, num_prefill_tokens, finished - started)
+        if not executed.failed:
+            self._pacer.record(num_streams, num_prefill_tokens, finished - started)
+        self._steps.add(started, finished)
         outputs, self._terminal = self._terminal + outputs, []
         return StepOutput(outputs=outputs, stats=self._stats(batch, finished - started))
+
+    def snapshot(self, number: int, max_waiting: int) -> Snapshot:
+        """See `server.engine.types.Inspect`. Between two steps."""
+        return snapshot_of(
+            number, max_waiting, self._scheduler, list(self._compiling.values()), self._steps, self._clock()
+        )
 
     def _add(self, seq: Sequence) -> None:
         """Queue a sequence that is ready, or have it wait for its grammar."""
@@ -112,8 +128,9 @@ class EngineCore:
                 seq.compiled_grammar = answer
             self._scheduler.add(seq)
         except (NeverFitsError, GrammarError) as error:
+            reason = str(error) if isinstance(error, NeverFitsError) else "its grammar does not compile"
             self._terminal.append(
-                SequenceOutput(request_id=seq.request_id, finish_reason=FinishReason.ERROR, error=str(error))
+                SequenceOutput(request_id=seq.request_id, finish_reason=FinishReason.ERROR, error=reason)
             )
 
     def _stats(self, batch: ScheduledBatch, seconds: float) -> StepStats:
@@ -135,3 +152,7 @@ class EngineCore:
             num_accepted_tokens=counts.num_accepted_tokens,
             step_seconds=seconds,
         )
+
+
+def _begins(scheduled: ScheduledSequence) -> bool:
+    return scheduled.seq.num_preemptions == 0 and scheduled.start == scheduled.seq.num_cached_tokens

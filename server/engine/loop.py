@@ -2,7 +2,8 @@
 
 `serve` is the loop itself, fed by a queue and emptied by a function, so that a thread can run it as well as a
 process. `main` is the child process: `python -m server.engine.loop --fd N`, with N one end of a socket pair.
-One of its threads reads the socket, one writes to it, and the main thread alone touches the model.
+One of its threads reads the socket, one writes to it, one sends heartbeats, and the main thread alone touches
+the model.
 """
 
 from __future__ import annotations
@@ -19,13 +20,25 @@ import sys
 import threading
 from collections.abc import Callable
 
-import msgspec
-
+from server import logs
 from server.engine import transport
 from server.engine.core import EngineCore
-from server.engine.types import Abort, Failed, FromEngine, Loading, Ready, Start, Submit, ToEngine, Vocabulary
+from server.engine.pulse import Pulse
+from server.engine.types import (
+    Abort,
+    Began,
+    Failed,
+    FromEngine,
+    Inspect,
+    Loading,
+    Ready,
+    Start,
+    Submit,
+    ToEngine,
+    Vocabulary,
+)
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("server.engine.loop")  # whose name is __main__ in the child
 
 
 class Wake:
@@ -36,7 +49,7 @@ Inbox = queue.SimpleQueue[ToEngine | Wake | None]
 """What the front sent, in order; None when it has closed."""
 
 
-def serve(inbox: Inbox, send: Callable[[FromEngine], None]) -> int:
+def serve(inbox: Inbox, send: Callable[[FromEngine], None], pulse: Pulse) -> int:
     """Load what the first message says, then run until the inbox ends. Returns the exit code.
 
     An exception means that the engine's state can no longer be trusted; the caller lets the process die.
@@ -59,22 +72,25 @@ def serve(inbox: Inbox, send: Callable[[FromEngine], None]) -> int:
     # What lives now lives for good; later collections need not walk it.
     gc.collect()
     gc.freeze()
+    core.on_begun = lambda request_ids: send(Began(request_ids))
     send(Ready(info))
-    _run(core, inbox, send)
+    _run(core, inbox, send, pulse)
     return 0
 
 
-def _run(core: EngineCore, inbox: Inbox, send: Callable[[FromEngine], None]) -> None:
+def _run(core: EngineCore, inbox: Inbox, send: Callable[[FromEngine], None], pulse: Pulse) -> None:
     while True:
         while not inbox.empty() or not core.has_work():
             message = inbox.get()
             if message is None:
                 return
-            _handle(core, message)
-        send(core.step())
+            with pulse.turn():
+                _handle(core, message, send)
+        with pulse.turn():
+            send(core.step())
 
 
-def _handle(core: EngineCore, message: ToEngine | Wake) -> None:
+def _handle(core: EngineCore, message: ToEngine | Wake, send: Callable[[FromEngine], None]) -> None:
     match message:
         case Vocabulary():
             core.set_vocabulary(message)
@@ -82,6 +98,8 @@ def _handle(core: EngineCore, message: ToEngine | Wake) -> None:
             core.add(request)
         case Abort(request_ids):
             core.abort(request_ids)
+        case Inspect(number, max_waiting):
+            send(core.snapshot(number, max_waiting))
         case Wake():
             pass  # it did what it is for
         case Start():
@@ -92,10 +110,10 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-format", default="text")
     arguments = parser.parse_args()
-    logging.basicConfig(
-        level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s"
-    )
+    logs.configure(arguments.log_level, arguments.log_format, "engine")
+    logs.dump_stacks_on_signal()
     _die_with_parent()
     # Ctrl-C reaches the whole process group; the front decides when the engine ends, by closing the socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -106,7 +124,9 @@ def main() -> int:
     threading.Thread(target=_read, args=(connection, inbox), name="reader", daemon=True).start()
     writer = threading.Thread(target=_write, args=(connection, outbox), name="writer", daemon=True)
     writer.start()
-    code = serve(inbox, outbox.put)
+    pulse = Pulse()
+    pulse.beat(outbox.put)
+    code = serve(inbox, outbox.put, pulse)
     outbox.put(None)
     writer.join()
     return code
@@ -117,11 +137,12 @@ def _read(connection: socket.socket, inbox: Inbox) -> None:
         while (payload := transport.read_frame(connection)) is not None:
             try:
                 inbox.put(transport.decode_to_engine(payload))
-            except msgspec.MsgspecError as error:
+            except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
                 logger.error("dropped a message that is not in the protocol: %s", error)
-    except OSError as error:
+    except (OSError, transport.FrameError) as error:
         logger.error("lost the connection to the front: %s", error)
-    inbox.put(None)
+    finally:
+        inbox.put(None)  # whatever it was, without its reader the loop would wait for ever
 
 
 def _write(connection: socket.socket, outbox: queue.SimpleQueue[FromEngine | None]) -> None:

@@ -122,20 +122,22 @@ def _cgroup_available(root: Path, own: Path) -> int | None:
     except OSError:
         return None
     room: list[int | None] = []
+    limit_files: tuple[str, ...]
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            base, limit_file, usage_file = root, "memory.max", "memory.current"
+            # Above memory.high nobody is killed, but all are slowed down until they hardly move.
+            base, limit_files, usage_file = root, ("memory.max", "memory.high"), "memory.current"
             inactive_key = "inactive_file"
         elif "memory" in controllers.split(","):
-            base, limit_file, usage_file = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            base, limit_files, usage_file = root / "memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes"
             inactive_key = "total_inactive_file"
         else:
             continue
         # Inside a container the path may be the host's; then only the root of the mount exists.
         here = base / path.lstrip("/")
         for level in (here, *here.parents):
-            room.append(_room_in(level, limit_file, usage_file, inactive_key))
+            room += [_room_in(level, file, usage_file, inactive_key) for file in limit_files]
             if level == base:
                 break
     return min((level for level in room if level is not None), default=None)

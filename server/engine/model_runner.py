@@ -52,6 +52,8 @@ class ModelRunner:
             return []
         masks = self._constraints.masks(batch.sequences)
         sampled = self._sampler.sample(self._model.compute_logits(hidden[: len(sampling)]), sampling, masks)
+        # It would index the embedding in the next step.
+        assert all(token.token_id < self._model.config.vocab_size for token in sampled)
         return self._constraints.take(batch.sequences, sampled) if masks else sampled
 
     def warm_up(self) -> None:

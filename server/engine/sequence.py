@@ -39,6 +39,7 @@ class Sequence:
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when the sequence was first scheduled."""
     num_preemptions: int = 0
+    arrived_at: float = 0.0
     scheduled_at: float = 0.0
     prompt_logprobs: list[PromptTokenLogprob | None] = field(default_factory=list)
     """Grows with the prefill, where asked for."""

@@ -8,7 +8,11 @@ exchange:
 2. For each `Submit` the engine answers any number of `SequenceOutput`s, of which exactly one, the last, has a
    `finish_reason`. An id that was aborted gets its terminal output too.
 3. `Abort` is idempotent and may name ids that the engine never saw or has already finished.
-4. End of file on the socket means that the other side is dead. There is no other death notice.
+4. `Began` names each sequence once, before the first step that computes it: if the engine dies in that step,
+   the front knows whose it was.
+5. `Inspect` is answered with a `Snapshot` of its number, between two steps.
+6. A `Heartbeat` comes every HEARTBEAT_SECONDS from the process's first moment on, whatever the engine is doing.
+7. End of file on the socket means that the other side is dead. There is no other death notice.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from __future__ import annotations
 import enum
 
 import msgspec
+
+HEARTBEAT_SECONDS = 0.5
 
 
 class FinishReason(enum.StrEnum):
@@ -79,6 +85,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Sequences share cached prefixes only under one salt."""
     priority: int = 0
     """Sequences with a lower one go first. -2**63 <= priority < 2**63."""
+    tenant: str = ""
+    """Whose it is; empty where there are no API keys. Those of one priority share the engine evenly among
+    tenants."""
+    client_request_id: str = ""
+    """As the client knows its request, which may have several sequences. For logs and snapshots."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -168,7 +179,14 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request_ids: list[str]
 
 
-ToEngine = Start | Vocabulary | Submit | Abort
+class Inspect(msgspec.Struct, frozen=True, tag=True):
+    number: int
+    """Comes back in the answer."""
+    max_waiting: int
+    """Waiting sequences to describe at most."""
+
+
+ToEngine = Start | Vocabulary | Submit | Abort | Inspect
 
 
 # --- engine -> front ---------------------------------------------------------------------------------------
@@ -211,7 +229,9 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     scheduled_at: float = 0.0
     """`time.monotonic()` seconds at which the sequence first joined a batch; 0 before."""
     error: str | None = None
-    """Why the engine gave up, under FinishReason.ERROR."""
+    """Why the engine gave up, under FinishReason.ERROR: for the log, so it quotes nothing of the request."""
+    is_contradictory: bool = False
+    """Whether it did because what the request itself asks for left no token to sample."""
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -241,6 +261,66 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
     stats: StepStats
 
 
+class Began(msgspec.Struct, frozen=True, tag=True):
+    request_ids: list[str]
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    num_turns: int
+    """Of the engine's loop, so far: steps, and messages taken in."""
+    seconds_in_turn: float
+    """Since the present turn began; 0 between turns and while the model is loaded."""
+
+
+class SequenceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one sequence, but for its tokens."""
+
+    request_id: str
+    client_request_id: str
+    tenant: str
+    status: str
+    """running | waiting | compiling (its grammar)"""
+    priority: int
+    age_seconds: float
+    """Since it came to the engine."""
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    max_tokens: int
+    num_computed_tokens: int
+    """Of prompt and generated tokens, those whose KV entries are in the cache."""
+    num_cached_tokens: int
+    num_preemptions: int
+
+
+class PoolSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """The blocks of one KV pool."""
+
+    num_blocks: int
+    num_held: int
+    """By live sequences."""
+    num_free: int
+    num_published: int
+    """That the prefix cache can find, held or free."""
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The engine between two steps."""
+
+    number: int
+    running: list[SequenceSnapshot]
+    waiting: list[SequenceSnapshot]
+    """The first ones, in the order in which they would be admitted; then those whose grammar is compiled."""
+    num_waiting: int
+    """All of them."""
+    pools: dict[str, PoolSnapshot]
+    """By name of the attention type."""
+    num_steps: int
+    last_step_ago: float | None
+    """Seconds since the last one ended."""
+    step_seconds: list[float]
+    """Of the last steps, the newest at the end."""
+
+
 class Loading(msgspec.Struct, frozen=True, tag=True):
     stage: str
     """What is being done, for people: "weights", "kv cache", "warm-up"."""
@@ -258,4 +338,4 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromEngine = StepOutput | Loading | Ready | Failed
+FromEngine = StepOutput | Began | Snapshot | Heartbeat | Loading | Ready | Failed

@@ -1,117 +1,124 @@
-"""Who may go to the engine: a bound on sequences in flight, and what can never fit.
+"""How much may be in flight: a bound on sequences, and one on prompts that wait to be computed.
 
 Laws:
-1. `in_flight` is the number of sequences whose permits are held, and never exceeds `limit`.
-2. A permit is released exactly once, whatever ends its request.
-3. What passed `resolve_max_tokens` fits the model's context and, alone, the engine's KV pools.
+1. `in_flight` is the number of sequences whose permits are held, and never exceeds `max_sequences`.
+2. `queued_tokens` is the number of tokens of the prompts of those permits that were not told to be computed. It
+   exceeds `max_queued_tokens` only for a request that found nobody waiting, which no wait would help.
+3. A permit is given back exactly once, whatever ends its request.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable
 
-from server.engine.types import EngineInfo
-from server.errors import ContextLengthError, InvalidRequestError, QueueFullError
+from server.errors import InvalidRequestError, QueueFullError
+from server.frontend.drain import DrainRate
 
-LONGEST_PIECE_CHARS = 32
-"""No piece of Gemma's vocabularies is longer (the longest are runs of 31 spaces or line feeds), so n tokens
-cannot come from more than 32 n characters."""
+GREED = 8
+"""So many times as much as is free a tenant may hold where there are others: alone it gets 8/9 of the queue,
+and whoever comes next finds room (the dynamic thresholds of Choudhury and Hahne, 1998)."""
 
 
 class Permit:
-    """Room for some sequences. Release it when they are over; again does no harm."""
+    """Room for a request. Release it when all of its sequences are over; again does no harm."""
 
-    def __init__(self, admission: Admission, count: int) -> None:
+    def __init__(self, admission: Admission, num_sequences: int, num_tokens: int) -> None:
         self._admission = admission
-        self._count = count
+        self._num_sequences = num_sequences
+        self._num_tokens = num_tokens
+
+    def computed(self, num_tokens: int) -> None:
+        """So many tokens of its prompts wait no longer."""
+        num_tokens = min(num_tokens, self._num_tokens)
+        self._num_tokens -= num_tokens
+        self._admission._forget_tokens(num_tokens)
 
     def release(self) -> None:
-        self._admission.in_flight -= self._count
-        if self._count:
-            self._admission.released_at = time.monotonic()
-        self._count = 0
+        self.computed(self._num_tokens)
+        self._admission._forget_sequences(self._num_sequences)
+        self._num_sequences = 0
 
 
 class Admission:
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(
+        self,
+        max_sequences: int,
+        max_queued_tokens: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.max_sequences = max_sequences
+        self.max_queued_tokens = math.inf if max_queued_tokens is None else max_queued_tokens
         self.in_flight = 0
+        self.queued_tokens = 0
         self.released_at = -math.inf
         """`time.monotonic()` seconds at which a permit was last given back."""
+        self._clock = clock
+        self._sequences = DrainRate(clock)
+        self._tokens = DrainRate(clock)
 
-    def acquire(self, count: int) -> Permit:
-        """Room for `count` sequences, now or not at all.
+    def check_room(self, held: int = 0) -> None:
+        """Refuse what will find no room, before it costs something. `held` as for `acquire`.
+
+        Raises QueueFullError.
+        """
+        self._check(1, 1, held)
+
+    def check_count(self, count: int) -> None:
+        """Refuse more sequences than could ever be admitted. Raises InvalidRequestError."""
+        if count > self.max_sequences:
+            raise InvalidRequestError(
+                f"A request may ask for at most {self.max_sequences} sequences (prompts times 'n'), got "
+                f"{count}.",
+                param="n",
+            )
+
+    def acquire(self, count: int, num_tokens: int, held: int = 0) -> Permit:
+        """Room for `count` sequences with prompts of `num_tokens` in all, now or not at all.
+
+        held: sequences that the tenant has in flight already; 0 where there is no other.
 
         Raises QueueFullError, and InvalidRequestError as `check_count` does.
         """
         self.check_count(count)
-        if self.in_flight + count > self.limit:
-            raise QueueFullError(
-                f"The server is full: {self.in_flight} of at most {self.limit} sequences wait or run."
-            )
+        self._check(count, num_tokens, held)
+        if self.in_flight == 0:
+            self._sequences.begin()
+        if self.queued_tokens == 0:
+            self._tokens.begin()
         self.in_flight += count
-        return Permit(self, count)
+        self.queued_tokens += num_tokens
+        return Permit(self, count, num_tokens)
 
-    def check_count(self, count: int) -> None:
-        """Refuse more sequences than could ever be admitted, before any of them costs something."""
-        if count > self.limit:
-            raise InvalidRequestError(
-                f"A request may ask for at most {self.limit} sequences (prompts times 'n'), got {count}.",
-                param="n",
+    def _check(self, count: int, num_tokens: int, held: int) -> None:
+        excess = self.in_flight + count - self.max_sequences
+        if excess > 0:
+            raise QueueFullError(
+                f"The server is full: {self.in_flight} of at most {self.max_sequences} sequences wait or run.",
+                retry_after=self._sequences.seconds_for(excess),
+            )
+        if held > GREED * -excess:
+            raise QueueFullError(
+                f"The server is nearly full, and {held} sequences of this client wait or run: what is left is "
+                "for others.",
+                retry_after=self._sequences.seconds_for(count),
+            )
+        excess_tokens = self.queued_tokens + num_tokens - self.max_queued_tokens
+        if excess_tokens > 0 and self.queued_tokens:
+            raise QueueFullError(
+                f"The server is full: prompts of {self.queued_tokens} tokens wait, of at most "
+                f"{self.max_queued_tokens}.",
+                retry_after=self._tokens.seconds_for(min(excess_tokens, self.queued_tokens)),
             )
 
+    def _forget_sequences(self, count: int) -> None:
+        self.in_flight -= count
+        if count:
+            self.released_at = self._clock()
+            self._sequences.add(count)
 
-def check_text_length(num_chars: int, max_model_len: int, param: str) -> None:
-    """Refuse a text that is too long whatever its tokens are, before it costs anything."""
-    if num_chars > LONGEST_PIECE_CHARS * max_model_len:
-        raise ContextLengthError(
-            f"'{param}' has {num_chars} characters, which are more than the model's {max_model_len} tokens of "
-            "context can hold.",
-            param=param,
-        )
-
-
-def check_token_ids(token_ids: Collection[int], info: EngineInfo, param: str) -> None:
-    """Refuse ids that the model has no embedding for."""
-    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
-        if not 0 <= token_id < info.vocab_size:
-            raise InvalidRequestError(
-                f"'{param}' holds the token id {token_id}; this model's ids are 0 to {info.vocab_size - 1}.",
-                param=param,
-            )
-
-
-def resolve_max_tokens(
-    num_prompt: int,
-    requested: int | None,
-    info: EngineInfo,
-    *,
-    param: str,
-    max_tokens_param: str,
-    default: int | None = None,
-) -> int:
-    """The number of tokens to generate at most: as requested or, without a request, `default` or what fits.
-
-    Raises ContextLengthError, naming prompt and limit, if prompt and output cannot fit.
-    """
-    for limit, what in (
-        (info.max_model_len, "the model's context length"),
-        (info.max_sequence_tokens, "what the server's KV cache (KV pool) can hold"),
-    ):
-        if num_prompt >= limit:
-            raise ContextLengthError(
-                f"'{param}' has {num_prompt} tokens and leaves no room for output: {what} is {limit} tokens.",
-                param=param,
-            )
-        if requested is not None and num_prompt + requested > limit:
-            raise ContextLengthError(
-                f"'{max_tokens_param}' is {requested} and '{param}' has {num_prompt} tokens, together "
-                f"{num_prompt + requested}: {what} is {limit} tokens.",
-                param=max_tokens_param,
-            )
-    if requested is not None:
-        return requested
-    room = min(info.max_model_len, info.max_sequence_tokens) - num_prompt
-    return room if default is None else min(default, room)
+    def _forget_tokens(self, count: int) -> None:
+        self.queued_tokens -= count
+        if count:
+            self._tokens.add(count)

@@ -1,9 +1,9 @@
 """The sequences of one request, as one stream of what each of them adds.
 
 Laws:
-1. Whatever ends `deltas` (its end, an error, a cancelled or closing reader), every sequence of the request has
-   ended or been aborted when it returns. The permit is the answering side's to give back, with `release`: a
-   request whose client leaves early enough never reads `deltas`.
+1. Whatever ends `deltas` (its end, an error, a deadline, a cancelled or closing reader), every sequence of the
+   request has ended or been aborted when it returns. Permit and charge are the answering side's to give back,
+   with `release`: a request whose client leaves early enough never reads `deltas`.
 2. The last delta of each choice, and no other, has a `finish_reason`.
 3. An error of one sequence ends the request: the others are aborted and the error is raised.
 """
@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -25,14 +25,33 @@ from server.engine.types import (
     SamplingParams,
     SequenceOutput,
 )
-from server.errors import EngineUnavailableError, GenerationError
+from server.errors import (
+    ContradictionError,
+    CrashingRequestError,
+    DeadlineError,
+    EngineUnavailableError,
+    GenerationError,
+    GenerationLostError,
+    ShuttingDownError,
+)
 from server.frontend.admission import Permit
-from server.frontend.client import EngineClient, EngineDeadError
+from server.frontend.client import (
+    AbandonedError,
+    CrashingSequenceError,
+    EngineClient,
+    EngineDeadError,
+    SequenceLostError,
+)
+from server.frontend.deadlines import Deadlines, within
+from server.frontend.limits import Charge
 from server.frontend.request_state import RequestState, StopConditions, TextDelta
 from server.metrics import RequestMetrics
 from server.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+CHOICES_AT_ONCE = 32
+"""Begun, before others have their turn on the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +64,16 @@ class ChoiceRequest:
     stop: StopConditions
     skip_special_tokens: bool = True
     """Whether control tokens have no text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Whose sequences they are, and what that means in the engine: see GenerateRequest."""
+
+    tenant: str
+    cache_salt: str
+    priority: int
+    client_request_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +93,29 @@ class UsageCounts:
     cached_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class SequenceRecord:
+    """How one sequence went. Times are `time.monotonic()` seconds; 0 for what did not happen."""
+
+    params: SamplingParams
+    finish_reason: FinishReason
+    scheduled_at: float
+    first_token_at: float
+    ended_at: float
+    """The last token's time where it ended by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """How one request went."""
+
+    request_id: str
+    """As the client knows it."""
+    arrival: float
+    usage: UsageCounts
+    sequences: list[SequenceRecord]
+
+
 class Generation:
     """Runs the sequences of one admitted request, once."""
 
@@ -75,16 +127,27 @@ class Generation:
         tokenizer: Tokenizer,
         metrics: RequestMetrics,
         permit: Permit,
+        charge: Charge,
         arrival: float,
-        cache_salt: str = "",
-        priority: int = 0,
+        deadlines: Deadlines,
+        origin: Origin,
+        on_end: Callable[[RequestRecord], None] | None = None,
     ) -> None:
-        """`arrival`: `time.monotonic()` seconds at which the request came in."""
+        """`arrival`: `time.monotonic()` seconds at which the request came in. `on_end`: called once."""
         self._choices = [
-            _Choice(index, request, client, tokenizer, metrics, arrival, cache_salt, priority)
+            _Choice(
+                index, request, client, tokenizer, metrics, self._prompt_computed, arrival, deadlines, origin
+            )
             for index, request in enumerate(choices)
         ]
+        self._waiting = {choice.prompt_index: len(choice.prompt_token_ids) for choice in choices}
+        """Tokens of the prompts, by index, that no choice has gone on from yet."""
         self._permit = permit
+        self._charge = charge
+        self._metrics = metrics
+        self._arrival = arrival
+        self._client_request_id = origin.client_request_id
+        self._on_end = on_end
         metrics.observe("request_params_n", sum(choice.prompt_index == 0 for choice in choices))
 
     def usage(self) -> UsageCounts:
@@ -102,18 +165,39 @@ class Generation:
         return state.sum_of_logprobs / max(state.num_generated, 1)
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
-        """What the choices gain, as it comes. Raises GenerationError, EngineUnavailableError."""
+        """What the choices gain, as it comes.
+
+        Raises GenerationError, ContradictionError, EngineUnavailableError, ShuttingDownError, DeadlineError.
+        """
         try:
             source = self._choices[0].deltas() if len(self._choices) == 1 else self._merged()
             async with aclosing(source):
                 async for delta in source:
                     yield delta
+        except CrashingSequenceError:
+            raise CrashingRequestError from None
+        except SequenceLostError:
+            raise GenerationLostError from None
+        except AbandonedError:
+            raise ShuttingDownError("The server was shut down before the answer was complete.") from None
         except EngineDeadError:
             raise EngineUnavailableError from None
+        except DeadlineError:
+            self._metrics.timeouts.inc()
+            raise
 
     def release(self) -> None:
-        """Give the permit back. Once all is over; again does no harm."""
+        """Give permit and charge back. Once all is over; again does no harm."""
         self._permit.release()
+        usage = self.usage()
+        self._charge.settle(usage.prompt_tokens + usage.completion_tokens)
+        if self._on_end is not None:
+            sequences = [choice.record() for choice in self._choices]
+            self._on_end(RequestRecord(self._client_request_id, self._arrival, usage, sequences))
+            self._on_end = None
+
+    def _prompt_computed(self, prompt_index: int) -> None:
+        self._permit.computed(self._waiting.pop(prompt_index, 0))
 
     async def _merged(self) -> AsyncGenerator[ChoiceDelta, None]:
         # Bounded, so that a slow reader makes the outputs wait, and be merged, where the client holds them.
@@ -128,8 +212,12 @@ class Generation:
             except Exception as error:  # whatever it is, it is raised again where the request is read
                 await queue.put(error)
 
-        pumps = [asyncio.create_task(pump(choice)) for choice in self._choices]
+        pumps: list[asyncio.Task[None]] = []
         try:
+            for choice in self._choices:
+                pumps.append(asyncio.create_task(pump(choice)))
+                if len(pumps) % CHOICES_AT_ONCE == 0:
+                    await asyncio.sleep(0)
             num_running = len(pumps)
             while num_running:
                 item = await queue.get()
@@ -155,21 +243,26 @@ class _Choice:
         client: EngineClient,
         tokenizer: Tokenizer,
         metrics: RequestMetrics,
+        on_first_token: Callable[[int], None],
         arrival: float,
-        cache_salt: str,
-        priority: int,
+        deadlines: Deadlines,
+        origin: Origin,
     ) -> None:
+        """`on_first_token` is called with the prompt's index."""
         self.index = index
         self.request = request
         self.state = RequestState(tokenizer, request.stop, skip_special_tokens=request.skip_special_tokens)
         self._client = client
         self._metrics = metrics
+        self._on_first_token = on_first_token
         self._arrival = arrival
-        self._cache_salt = cache_salt
-        self._priority = priority
+        self._deadlines = deadlines
+        self._origin = origin
+        self._finish_reason = FinishReason.ABORT
         self._scheduled_at = 0.0
         self._first_token_at = 0.0
         self._last_token_at = 0.0
+        self._ended_at = 0.0
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
         finish_reason = FinishReason.ABORT
@@ -178,16 +271,35 @@ class _Choice:
             request_id=uuid.uuid4().hex,
             prompt_token_ids=self.request.prompt_token_ids,
             params=self.request.sampling,
-            cache_salt=self._cache_salt,
-            priority=self._priority,
+            cache_salt=self._origin.cache_salt,
+            priority=self._origin.priority,
+            tenant=self._origin.tenant,
+            client_request_id=self._origin.client_request_id,
+        )
+        logger.debug(
+            "request %s: sequence %s begins, prompt_tokens=%d max_tokens=%d",
+            self._origin.client_request_id,
+            request.request_id,
+            len(request.prompt_token_ids),
+            request.params.max_tokens,
         )
         try:
             # Closing the engine's outputs early, as after a stop string, aborts the sequence.
-            async with aclosing(self._client.generate(request)) as outputs:
+            source = self._client.generate(request)
+            if self._deadlines:
+                source = within(self._deadlines, self._arrival, source)
+            async with aclosing(source) as outputs:
                 async for output in outputs:
                     if output.finish_reason is FinishReason.ERROR:
                         finish_reason = FinishReason.ERROR
-                        logger.error("request %s: the engine gave up: %s", request.request_id, output.error)
+                        if output.is_contradictory:
+                            raise ContradictionError(self.state.num_generated + len(output.token_ids))
+                        logger.error(
+                            "request %s: the engine gave sequence %s up: %s",
+                            self._origin.client_request_id,
+                            request.request_id,
+                            output.error,
+                        )
                         raise GenerationError("The engine could not complete this request.")
                     prompt_logprobs = prompt_logprobs or output.prompt_logprobs
                     num_before = self.state.num_generated
@@ -205,7 +317,29 @@ class _Choice:
             finish_reason = FinishReason.ERROR
             raise
         finally:
+            self._finish_reason = finish_reason
+            self._ended_at = time.monotonic()
             self._observe_end(finish_reason)
+            logger.debug(
+                "request %s: sequence %s ends, reason=%s generated_tokens=%d cached_tokens=%d seconds=%.3f",
+                self._origin.client_request_id,
+                request.request_id,
+                finish_reason,
+                self.state.num_generated,
+                self.state.num_cached_tokens,
+                self._ended_at - self._arrival,
+            )
+
+    def record(self) -> SequenceRecord:
+        """Once it is over."""
+        is_whole = self._finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        return SequenceRecord(
+            params=self.request.sampling,
+            finish_reason=self._finish_reason,
+            scheduled_at=self._scheduled_at,
+            first_token_at=self._first_token_at,
+            ended_at=self._last_token_at if is_whole else self._ended_at or time.monotonic(),
+        )
 
     def _observe_tokens(self, output: SequenceOutput, num_new: int) -> None:
         self._scheduled_at = self._scheduled_at or output.scheduled_at
@@ -215,6 +349,7 @@ class _Choice:
         metrics = self._metrics
         if not self._first_token_at:
             self._first_token_at = now
+            self._on_first_token(self.request.prompt_index)
             metrics.prompt_tokens.inc(len(self.request.prompt_token_ids))
             metrics.observe("time_to_first_token_seconds", now - self._arrival)
         else:
@@ -227,6 +362,8 @@ class _Choice:
     def _observe_end(self, finish_reason: FinishReason) -> None:
         metrics, num_generated = self._metrics, self.state.num_generated
         metrics.ended(finish_reason)
+        if finish_reason is FinishReason.ABORT:
+            metrics.aborted(has_begun=self._first_token_at > 0)
         metrics.observe("request_prompt_tokens", len(self.request.prompt_token_ids))
         metrics.observe("request_generation_tokens", num_generated)
         metrics.observe("request_params_max_tokens", self.request.sampling.max_tokens)

@@ -8,6 +8,7 @@ imports neither torch nor the HTTP side.
 from __future__ import annotations
 
 import enum
+import os
 import resource
 import sys
 import threading
@@ -77,6 +78,8 @@ def _serve(questions: IO[bytes], verdicts: IO[bytes]) -> None:
     message = msgspec.msgpack.decode(payload, type=VocabularyMessage)
     vocabulary = Vocabulary(message.lengths, message.pieces, message.eos_token_id)
     mask = array("I", bytes(4 * ((vocabulary.size + 31) // 32)))
+    # When the library panics it prints why, and may quote the grammar: a client's text, which no log gets.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     write_frame(verdicts, Verdict())  # ready
     while (payload := read_frame(questions)) is not None:
         write_frame(verdicts, _judge(vocabulary, mask, msgspec.msgpack.decode(payload, type=Question)))

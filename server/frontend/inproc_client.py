@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 import traceback
 
 from server.engine import loop as engine_loop
+from server.engine.pulse import Pulse
 from server.engine.types import EngineConfig, EngineInfo, FromEngine, Start, ToEngine
 from server.frontend.mailbox import MailboxClient
 
@@ -27,7 +29,7 @@ class InprocClient(MailboxClient):
 
         def run() -> None:
             try:
-                engine_loop.serve(self._inbox, send)
+                engine_loop.serve(self._inbox, send, Pulse())
                 reason = "the engine was stopped"
             except BaseException as error:  # a thread has no exit code: this stands for it
                 traceback.print_exc()
@@ -38,6 +40,10 @@ class InprocClient(MailboxClient):
         self._thread.start()
         self._send(Start(config))
         return await self._started
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
 
     async def stop(self) -> None:
         self._stopping = True

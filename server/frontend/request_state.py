@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from server.engine.types import FinishReason, SequenceOutput, TokenLogprob
 from server.frontend.detokenizer import Detokenizer
-from server.frontend.tool_parser import CallFinder
+from server.frontend.tool_plan import NO_TOOLS, ToolPlan
 from server.tokenizer import Tokenizer
 
 
@@ -28,8 +28,8 @@ class StopConditions:
     """Whether the text keeps the stop string, or the text of the stop token, that ended it."""
     min_tokens: int = 0
     """A stop string ends the text only if its last character comes from a later token than so many."""
-    tool_names: frozenset[str] = frozenset()
-    """Tools that the text may call. No stop string is looked for in a call, which it would leave incomplete."""
+    tools: ToolPlan = NO_TOOLS
+    """That the text may call. No stop string is looked for in a call, which it would leave incomplete."""
     silent_token_ids: frozenset[int] = frozenset()
     """Stop tokens that are not reported as `stop_reason`: those of the model, not of the request."""
 
@@ -56,7 +56,7 @@ class TextDelta:
 class RequestState:
     """Turns the engine's outputs for one sequence into text deltas. Laws:
 
-    - The deltas' texts joined are a prefix of `Tokenizer.decode` of all the tokens: the whole of it, or what
+    - The deltas' texts joined are a prefix of what the detokenizer makes of all the tokens: all of it, or what
       comes before the first stop. Their `generated_token_ids` are all the tokens, `num_generated` in number.
     - Text is held back only while it may be the beginning of a stop string or of a character.
     - Exactly one delta has a finish_reason, and none follows it.
@@ -65,9 +65,10 @@ class RequestState:
     def __init__(self, tokenizer: Tokenizer, stop: StopConditions, *, skip_special_tokens: bool = True) -> None:
         """Raises ValueError for an empty stop string."""
         self._stop = stop
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
+        tools = stop.tools
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens, tools.form.marks)
         self._matchers = [_StopMatcher(string) for string in self._stop.strings]
-        self._calls = CallFinder(stop.tool_names) if stop.tool_names and stop.strings else None
+        self._calls = tools.form.finder(tools.names) if tools.names and stop.strings else None
         self._tokens: deque[_HeldToken] = deque()
         self._held_text = ""  # the text from self._released on
         self._released = 0  # characters
@@ -130,8 +131,8 @@ class RequestState:
         """How much of `text` is searched for stop strings, and whether the rest belongs to a call."""
         if self._calls is None:
             return len(text), False
-        _, name, rest = self._calls.push(text)
-        return len(text) - len(rest), name is not None
+        end = self._calls.text_end(text)
+        return (len(text), False) if end is None else (end, True)
 
     def _delta(self, output: SequenceOutput) -> TextDelta | None:
         finish_reason, stop_reason = self._finish(output)

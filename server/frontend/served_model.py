@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from server.engine.types import EngineInfo
+from server.frontend.tool_forms import ToolForm, form_of
 from server.tokenizer import Tokenizer
 
 
@@ -20,3 +21,8 @@ class ServedModel:
     info: EngineInfo
     stop_token_ids: tuple[int, ...]
     """End of sequence, end of turn and what the checkpoint's generation config adds."""
+
+    @property
+    def tool_form(self) -> ToolForm:
+        """How it is told of tools and writes calls."""
+        return form_of(self.tokenizer)

@@ -90,6 +90,11 @@ class CallFinder:
         self.held = unfinished[0]
         return text[: unfinished.start()], None, ""
 
+    def text_end(self, text: str) -> int | None:
+        """As `push`: the place in `text` behind the name of the call that begins there, if one does."""
+        _, name, rest = self.push(text)
+        return None if name is None else len(text) - len(rest)
+
 
 class CallParser:
     """The text of one choice as pieces. See the laws above."""

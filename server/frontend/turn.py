@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 
 from server.engine.types import FinishReason, PromptTokenLogprob, TokenLogprob
 from server.frontend.generation import Generation, UsageCounts
-from server.frontend.tool_parser import ArgumentPiece, CallBegun, CallParser, Piece, TextPiece
+from server.frontend.tool_forms import Parser
+from server.frontend.tool_parser import ArgumentPiece, CallBegun, Piece, TextPiece
+from server.frontend.tool_plan import ToolPlan
 from server.tool_format import ToolCall
 
 TOOL_CALLS = "tool_calls"
@@ -54,28 +56,27 @@ class Turn:
     """Reads an admitted generation, once."""
 
     def __init__(
-        self, generation: Generation, prompt_token_ids: list[int], tool_names: frozenset[str], max_tokens: int
+        self, generation: Generation, prompt_token_ids: list[int], tools: ToolPlan, max_tokens: int
     ) -> None:
-        """`tool_names`: of the tools that the model may call."""
         self.generation = generation
         self.prompt_token_ids = prompt_token_ids
         self.max_tokens = max_tokens
         """Tokens of each choice at most."""
-        self._tool_names = tool_names
+        self._tools = tools
 
     def usage(self) -> UsageCounts:
         return self.generation.usage()
 
     async def deltas(self) -> AsyncGenerator[TurnDelta, None]:
         """What the choices gain, as it comes. Raises GenerationError, EngineUnavailableError."""
-        parsers: dict[int, CallParser] = {}
+        parsers: dict[int, Parser] = {}
         async with aclosing(self.generation.deltas()) as deltas:
             async for delta in deltas:
                 index, text = delta.index, delta.text
                 finish_reason: str | None = text.finish_reason
-                if self._tool_names:
+                if self._tools.names:
                     if index not in parsers:
-                        parsers[index] = CallParser(self._tool_names)
+                        parsers[index] = self._tools.form.parser(self._tools.names)
                     parser = parsers[index]
                     pieces = parser.push(text.text)
                     if finish_reason is not None:

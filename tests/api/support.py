@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import uvicorn
+from fastapi import FastAPI
 
 from server.app import create_app
 from server.batches.store import Store
@@ -27,13 +29,17 @@ from server.engine.types import (
     PromptTokenLogprob,
     SamplingParams,
     SequenceOutput,
+    Snapshot,
     StepStats,
     TokenLogprob,
 )
-from server.frontend.client import EngineDeadError
+from server.frontend.client import AbandonedError, EngineDeadError, EngineLoss
 from server.frontend.mailbox import no_vocabulary
 from server.frontend.served_model import ServedModel
-from server.runtime import Phase, Runtime
+from server.http_server import HttpServer
+from server.runtime import Phase, Runtime, end_token_ids
+from server.tokenizer import Tokenizer
+from server.tracing import RequestTracer
 from tests.fixtures_tokenizers import make_tiny_tokenizer
 
 MODEL = "google/gemma-tiny"
@@ -61,6 +67,7 @@ class Script:
     """Tokens after which the engine gives up on a sequence."""
     death_after: int | None = None
     """Tokens after which the engine dies."""
+    death: type[EngineDeadError] = EngineDeadError
     crash_after: int | None = None
     """Tokens after which something unforeseen happens."""
     cached_tokens: int = 0
@@ -68,12 +75,18 @@ class Script:
     logprob_of_seed: dict[int, float] = field(default_factory=dict)
     """Of each generated token of a sequence with this seed, instead of `logprob`."""
     tokens_per_output: int = 1
+    crash: Exception = field(default_factory=lambda: ZeroDivisionError("secret /path"))
+    """What happens then."""
+    inspection_error: Exception | None = None
 
 
 class FakeEngineClient:
     def __init__(self) -> None:
         self.on_loading: Callable[[Loading], None] = lambda loading: None
         self.on_step: Callable[[StepStats], None] = lambda stats: None
+        self.on_loss: Callable[[EngineLoss], None] = lambda loss: None
+        self.on_return: Callable[[EngineInfo], None] = lambda info: None
+        self.on_silence: Callable[[bool], None] = lambda is_silent: None
         self.on_death: Callable[[str], None] = lambda reason: None
         self.make_vocabulary = no_vocabulary
         self.script = Script()
@@ -81,12 +94,33 @@ class FakeEngineClient:
         self.running: set[str] = set()
         self.aborted: list[str] = []
         self.is_stopped = False
+        self._abandoned = asyncio.Event()
+
+    def abandon(self) -> None:
+        self._abandoned.set()
+        self.pid = os.getpid()
+        self.snapshot = Snapshot(
+            number=0,
+            running=[],
+            waiting=[],
+            num_waiting=0,
+            pools={},
+            num_steps=0,
+            last_step_ago=None,
+            step_seconds=[],
+        )
 
     async def start(self, config: EngineConfig) -> EngineInfo:
         raise NotImplementedError
 
     async def stop(self) -> None:
         self.is_stopped = True
+
+    async def inspect(self, max_waiting: int) -> Snapshot:
+        if self.script.inspection_error is not None:
+            raise self.script.inspection_error
+        await asyncio.sleep(self.script.delay)
+        return self.snapshot
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[SequenceOutput, None]:
         self.submitted.append(request)
@@ -109,7 +143,10 @@ class FakeEngineClient:
         scheduled_at = time.monotonic()
         pending: list[int] = []
         for number, token_id in enumerate(self._token_ids()):
-            await asyncio.sleep(script.delay)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(script.delay):
+                    await self._abandoned.wait()
+                    raise AbandonedError
             if number == script.error_after:
                 yield SequenceOutput(
                     request_id=request.request_id,
@@ -118,9 +155,9 @@ class FakeEngineClient:
                 )
                 return
             if number == script.death_after:
-                raise EngineDeadError("killed by signal 9 in /secret/path")
+                raise script.death("killed by signal 9 in /secret/path")
             if number == script.crash_after:
-                raise ZeroDivisionError("secret /path")
+                raise script.crash
             pending.append(token_id)
             is_stop = token_id in params.stop_token_ids
             is_last = is_stop or number + 1 == params.max_tokens
@@ -185,21 +222,20 @@ class ScriptedRuntime(Runtime):
         self.grammars.close()
         await self.client.stop()
 
-    def load(self, max_model_len: int = MAX_MODEL_LEN) -> None:
-        assert END_OF_TURN is not None
+    def load(self, max_model_len: int = MAX_MODEL_LEN, tokenizer: Tokenizer = TOKENIZER) -> None:
         self.model = ServedModel(
             names=(MODEL, ALIAS),
             root="embedded",
             created=1_700_000_000,
-            tokenizer=TOKENIZER,
-            info=make_info(max_model_len),
-            stop_token_ids=(EOS, END_OF_TURN),
+            tokenizer=tokenizer,
+            info=make_info(max_model_len, tokenizer.vocab_size),
+            stop_token_ids=end_token_ids(tokenizer),
         )
         self.phase = Phase.READY
         self.metrics.set_model(self.model, 1.5)
 
 
-def make_info(max_model_len: int = MAX_MODEL_LEN) -> EngineInfo:
+def make_info(max_model_len: int = MAX_MODEL_LEN, vocab_size: int = VOCAB_SIZE) -> EngineInfo:
     return EngineInfo(
         device="cpu",
         dtype="float32",
@@ -209,7 +245,7 @@ def make_info(max_model_len: int = MAX_MODEL_LEN) -> EngineInfo:
         max_num_seqs=4,
         max_num_batched_tokens=64,
         max_sequence_tokens=max_model_len - MAX_MODEL_LEN + MAX_SEQUENCE_TOKENS,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         block_size=16,
         num_blocks={"full": 40, "sliding": 20},
         kv_cache_bytes=1,
@@ -221,23 +257,36 @@ class LiveServer:
     """A server on a real socket, its event loop in a thread."""
 
     def __init__(
-        self, server: uvicorn.Server, runtime: ScriptedRuntime, client: FakeEngineClient, port: int
+        self,
+        server: HttpServer,
+        runtime: ScriptedRuntime,
+        client: FakeEngineClient,
+        port: int,
+        thread: threading.Thread,
     ) -> None:
-        self._server = server
+        self._thread = thread
+        self.http_server = server
         self.runtime = runtime
         self.engine = client
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx.Client(base_url=self.url, timeout=20)
+        self.http = httpx.Client(
+            base_url=self.url, timeout=20, event_hooks={"response": [check_reveals_nothing]}
+        )
 
     @property
     def script(self) -> Script:
         return self.engine.script
 
     @property
+    def app(self) -> FastAPI:
+        app = self.http_server.config.app
+        assert isinstance(app, FastAPI)
+        return app
+
+    @property
     def in_flight(self) -> int:
-        app: Any = self._server.config.app
-        in_flight: int = app.state.admission.in_flight
+        in_flight: int = self.app.state.admission.in_flight
         return in_flight
 
     def chat(self, content: str = "ab", **fields: Any) -> httpx.Response:
@@ -259,8 +308,17 @@ class LiveServer:
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
 
     def end(self) -> None:
-        """Tell the server to end; it does when its last answer is complete."""
-        self._server.should_exit = True
+        """End the server, whatever runs."""
+        self.http_server.should_exit = True
+
+    def drain(self) -> None:
+        """What SIGTERM does, which cannot reach a server in a thread."""
+        self.http_server.end()
+        wait_until(lambda: self.runtime.is_draining)
+
+    def wait_end(self, seconds: float = 10.0) -> None:
+        self._thread.join(seconds)
+        assert not self._thread.is_alive()
 
     def assert_idle(self) -> None:
         """Soon nothing runs and no permit is held."""
@@ -278,7 +336,12 @@ def fresh(live: LiveServer) -> Iterator[LiveServer]:
 
 @contextmanager
 def live_server(
-    *, loaded: bool = True, max_model_len: int = MAX_MODEL_LEN, **options: Any
+    *,
+    loaded: bool = True,
+    max_model_len: int = MAX_MODEL_LEN,
+    tokenizer: Tokenizer = TOKENIZER,
+    tracer: RequestTracer | None = None,
+    **options: Any,
 ) -> Iterator[LiveServer]:
     engine = FakeEngineClient()
     config = ServerConfig(**options)
@@ -287,26 +350,14 @@ def live_server(
     if config.data_dir is not None:
         store = Store(config.data_dir, max_bytes=config.max_stored_bytes, max_files=config.max_stored_files)
     if loaded:
-        runtime.load(max_model_len)
+        runtime.load(max_model_len, tokenizer)
     # Named as TCP, or asyncio would leave Nagle's algorithm on, which costs each answer 40 ms.
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(runtime, store),
-                http="h11",
-                access_log=False,
-                log_level="critical",
-                timeout_graceful_shutdown=2,
-            )
-        )
-        live = LiveServer(server, runtime, engine, port)
-
-        def serve() -> None:
-            asyncio.run(server.serve(sockets=[listener]))
-
-        thread = threading.Thread(target=serve, daemon=True)
+        server = HttpServer(create_app(runtime, store, tracer=tracer), runtime)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+        live = LiveServer(server, runtime, engine, port, thread)
         thread.start()
         wait_until(lambda: server.started)
         try:
@@ -314,8 +365,25 @@ def live_server(
         finally:
             live.http.close()
             live.end()
-            thread.join(10)
-            assert not thread.is_alive()
+            live.wait_end()
+
+
+def check_reveals_nothing(response: httpx.Response) -> None:
+    """Of every error that any test of the API meets."""
+    if response.status_code >= 400:
+        response.read()
+        asked = f"{response.request.url} {getattr(response.request, '_content', b'')!r}"
+        revealed = [found for found in INSIDES.findall(response.text) if found not in asked]
+        assert not revealed, f"an error tells of the server's insides: {response.text}"
+
+
+INSIDES = re.compile(
+    r"Traceback|, line \d|\.py\b|site-packages|0x[0-9a-f]{6}|object at 0x|<class|<function|tensor\(|torch\.|"
+    r"dtype\(|server\.(?:api|engine|frontend)|pydantic|msgspec|starlette|llguidance|errno|\bErrno\b|\b\w+Exception\b|"
+    r"\b(?:Value|Type|Key|Index|Attribute|Runtime|Assertion|ZeroDivision|OS|Unicode\w+)Error\b|"
+    r"/(?:usr|home|root|tmp|opt|var|proc|etc|lib|mnt|srv)/|/secret"
+)
+"""Paths, addresses, types and pieces of tracebacks of ours."""
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from server.errors import StorageFullError
+from server.frontend.client import SequenceLostError
 from tests.api.batch_support import (
     CHAT,
     COMPLETIONS,
@@ -335,6 +336,25 @@ def test_a_batch_that_runs_out_of_time_expires_and_tells_what_is_missing(tmp_pat
         assert len(results) + len(missing) == 6
         assert {(each["response"], each["error"]["code"]) for each in missing} == {(None, "batch_expired")}
         assert server.engine.submitted == []
+
+
+@pytest.mark.covers("E01")
+def test_a_line_that_is_lost_with_its_engine_is_answered_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.batches.runner.BUSY_SECONDS", 0.05)
+    with restarted(tmp_path) as server:
+        server.script.death_after, server.script.death = 1, SequenceLostError
+        batch = create(server, jsonl(line("a")))
+        wait_until(lambda: len(server.engine.submitted) == 1)
+        server.script.death_after = None
+        assert wait_status(server, batch["id"], "completed")["request_counts"]["completed"] == 1
+        server.script.death_after = 1
+        bad = create(server, jsonl(line("a"), line("b")))
+        done = wait_status(server, bad["id"], "completed")
+        assert done["request_counts"] == {"total": 2, "completed": 0, "failed": 2}
+        errors = content(server, done["error_file_id"])
+        assert {each["response"]["status_code"] for each in errors} == {503}
 
 
 def test_an_engine_that_dies_leaves_a_batch_to_the_next_server(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from server.chat_template import ChatMessage, render_chat
+from server.frontend.client import CrashingSequenceError, SequenceLostError
 from tests.api.support import (
     ALIAS,
     END_OF_TURN,
@@ -280,6 +281,25 @@ def test_an_unforeseen_fault_is_a_500_with_the_request_s_id(server: LiveServer) 
     assert response.headers["x-request-id"] in message
     stream = chunks(server.chat(stream=True))
     assert stream[-1]["error"]["code"] == "internal_error"
+
+
+@pytest.mark.covers("E01")
+def test_a_request_that_is_lost_with_its_engine_is_to_be_sent_again(server: LiveServer) -> None:
+    server.script.death_after, server.script.death = 1, SequenceLostError
+    response = server.chat()
+    assert_error(response, 503, code="engine_lost")
+    assert int(response.headers["retry-after"]) > 0
+    *_, last_delta, error = chunks(server.chat(stream=True))
+    assert last_delta["choices"][0]["delta"]["content"]
+    assert error["error"]["code"] == "engine_lost"
+
+
+def test_a_request_that_crashes_the_engine_is_not_to_be_sent_again(server: LiveServer) -> None:
+    server.script.death_after, server.script.death = 0, CrashingSequenceError
+    response = server.chat()
+    assert_error(response, 500, code="engine_crashed")
+    assert response.headers["x-should-retry"] == "false"
+    assert chunks(server.chat(stream=True))[-1]["error"]["code"] == "engine_crashed"
 
 
 def test_a_dying_engine_ends_every_request_of_its(server: LiveServer) -> None:

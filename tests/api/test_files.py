@@ -107,7 +107,7 @@ def test_no_name_leaves_the_directory(server: LiveServer, data: Path, name: str,
 def test_no_id_leads_out_of_the_directory(server: LiveServer, file_id: str, suffix: str) -> None:
     with server.connect() as connection:
         connection.sendall(
-            f"GET /v1/files/{file_id}{suffix} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+            f"GET /v1/files/{file_id}{suffix} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
         )
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     assert b" 404 " in answer.partition(b"\r\n")[0]
@@ -179,7 +179,7 @@ def test_a_client_that_leaves_in_an_upload_leaves_nothing(server: LiveServer, da
     before = files_on_disk(data)
     disconnects = server.metric("gemma_client_disconnects_total")
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: {FORM['content-type']}\r\n"
+        head = f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FORM['content-type']}\r\n"
         connection.sendall(f"{head}Content-Length: 2000000\r\n\r\n".encode())
         connection.sendall(b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n')
         connection.sendall(b"x" * 1_500_000)
@@ -190,7 +190,7 @@ def test_a_client_that_leaves_in_an_upload_leaves_nothing(server: LiveServer, da
 def test_an_upload_that_does_not_come_is_given_up(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.api.files.UPLOAD_TIMEOUT_SECONDS", 0.05)
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: {FORM['content-type']}\r\n"
+        head = f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FORM['content-type']}\r\n"
         connection.sendall(f"{head}Content-Length: 2000000\r\n\r\n--B".encode())
         assert b" 408 " in connection.recv(4096).partition(b"\r\n")[0]
 

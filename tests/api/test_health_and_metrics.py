@@ -1,9 +1,28 @@
 from __future__ import annotations
 
-from server.engine.types import StepStats
+import os
+import random
+import re
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.config import ServerConfig
+from server.engine.types import Loading, StepStats
+from server.frontend.client import EngineLoss, LossCause
 from server.metrics import REQUEST_HISTOGRAMS
 from server.runtime import Phase
-from tests.api.support import LiveServer, assert_error, live_server
+from tests.api.support import (
+    FakeEngineClient,
+    LiveServer,
+    ScriptedRuntime,
+    assert_error,
+    live_server,
+    make_info,
+    wait_until,
+)
+from tests.api.test_streaming import send_request
 
 LABELS = '{engine="0",model_name="google/gemma-tiny"}'
 
@@ -13,6 +32,7 @@ def statuses(server: LiveServer) -> dict[str, int]:
     return {path: server.http.get(path).status_code for path in paths}
 
 
+@pytest.mark.covers("L05")
 def test_probes_tell_loading_from_ready_from_dead() -> None:
     with live_server(loaded=False) as server:
         server.runtime.stage, server.runtime.fraction = "weights", 0.25
@@ -28,6 +48,44 @@ def test_probes_tell_loading_from_ready_from_dead() -> None:
         assert statuses(server) == {"/livez": 503, "/startupz": 200, "/readyz": 503, "/health": 503}
         assert server.http.get("/readyz").json() == {"status": "failed"}
         assert_error(server.chat(), 503, code="engine_unavailable")
+
+
+@pytest.mark.covers("E01")
+def test_while_the_engine_is_restarted_new_work_is_told_to_come_back() -> None:
+    with live_server() as server:
+        server.runtime.client.on_loss(EngineLoss(LossCause.ENDED, "signal 9 at /secret/path", 3, 2))
+        assert statuses(server) == {"/livez": 200, "/startupz": 200, "/readyz": 503, "/health": 503}
+        server.runtime.client.on_loading(Loading("weights", 0.25))
+        assert server.http.get("/readyz").json() == {
+            "status": "restarting",
+            "stage": "weights",
+            "fraction": 0.25,
+        }
+        for response in (server.chat(), server.chat(stream=True), server.complete()):
+            assert_error(response, 503, code="engine_unavailable")
+            assert int(response.headers["retry-after"]) > 0
+        assert server.http.get("/v1/models").status_code == 200
+        assert server.http.post("/tokenize", json={"prompt": "a"}).status_code == 200
+        server.runtime.client.on_return(make_info())
+        assert statuses(server) == {"/livez": 200, "/startupz": 200, "/readyz": 200, "/health": 200}
+        assert server.chat().status_code == 200
+        assert server.metric('gemma_engine_restarts_total{cause="ended"}') == 1
+        assert server.metric('gemma_engine_restarts_total{cause="silent"}') == 0
+        assert server.metric("gemma_engine_sequences_lost_total") == 3
+        assert server.metric("gemma_engine_sequences_rerun_total") == 2
+        assert server.metric("gemma_engine_restart_seconds_count") == 1
+        server.assert_idle()
+
+
+@pytest.mark.covers("E03")
+def test_a_silent_engine_is_not_ready_and_nothing_is_ended_for_it() -> None:
+    with live_server() as server:
+        server.runtime.client.on_silence(True)
+        assert statuses(server) == {"/livez": 200, "/startupz": 200, "/readyz": 503, "/health": 503}
+        assert server.http.get("/readyz").json() == {"status": "unresponsive"}
+        assert server.chat().status_code == 200
+        server.runtime.client.on_silence(False)
+        assert server.http.get("/readyz").json() == {"status": "ready"}
 
 
 def test_a_server_that_failed_to_load_has_not_started() -> None:
@@ -135,6 +193,7 @@ def test_a_request_is_observed() -> None:
         assert abs(queue + inference - e2e) < 1e-6
 
 
+@pytest.mark.covers("S15")
 def test_http_metrics_are_labelled_by_route_template_only() -> None:
     with live_server() as server:
         server.chat()
@@ -155,6 +214,98 @@ def test_http_metrics_are_labelled_by_route_template_only() -> None:
             'gemma_http_requests_total{code="404",route="unmatched"}': 50,
             'gemma_http_requests_total{code="200",route="/version"}': 50,
         }
+
+
+def series_names(text: str) -> set[str]:
+    return {line.rpartition(" ")[0] for line in text.splitlines() if not line.startswith("#")}
+
+
+@pytest.mark.slow
+@pytest.mark.covers("S15", "S24")
+async def test_ten_thousand_strangers_add_no_series() -> None:
+    runtime = ScriptedRuntime(ServerConfig(), FakeEngineClient())
+    runtime.load()
+    chance = random.Random(1)
+
+    def anything() -> str:
+        return "".join(chance.choice("abcdefghijkmnpqrstuvwxyz0123456789") for _ in range(12))
+
+    async def one_of_each(client: httpx.AsyncClient) -> None:
+        headers = {"x-request-id": anything(), "user-agent": anything(), "traceparent": anything()}
+        body = {
+            "prompt": "ab",
+            "user": anything(),
+            "metadata": {anything(): anything()},
+            anything(): anything(),
+        }
+        await client.get(f"/{anything()}/{anything()}?{anything()}={anything()}", headers=headers)
+        await client.get(f"/v1/models/{anything()}", headers=headers)
+        await client.post("/v1/completions", json={**body, "model": anything()}, headers=headers)
+        await client.post("/v1/completions", json=body, headers=headers)
+        await client.request(anything().upper(), f"/{anything()}", headers=headers)
+
+    transport = httpx.ASGITransport(create_app(runtime))
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        await one_of_each(client)
+        await client.get("/metrics")
+        before = series_names((await client.get("/metrics")).text)
+        for _ in range(2000):
+            await one_of_each(client)
+        assert series_names((await client.get("/metrics")).text) == before
+
+
+def test_sequences_that_are_given_up_are_counted_by_how_far_they_came() -> None:
+    with live_server() as server:
+        server.script.ends_with_stop, server.script.delay = False, 0.01
+        sock = send_request(server, stream=True, n=2)
+        assert b"data: " in sock.recv(4096) + sock.recv(4096)
+        wait_until(lambda: server.metric(f"vllm:generation_tokens_total{LABELS}") >= 4)
+        sock.close()
+        server.assert_idle()
+        server.script.delay = 30
+        sock = send_request(server)
+        wait_until(lambda: len(server.engine.running) == 1)
+        sock.close()
+        server.assert_idle()
+        assert server.metric('gemma_requests_aborted_total{stage="after_first_token"}') == 2
+        assert server.metric('gemma_requests_aborted_total{stage="before_first_token"}') == 1
+        server.script.delay, server.script.ends_with_stop = 0, True
+        server.complete(stop=["b"])
+        assert server.metric('gemma_requests_aborted_total{stage="after_first_token"}') == 2
+
+
+def test_what_each_process_takes_is_told(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("resident_memory_bytes", "open_fds", "max_fds", "cpu_seconds_total", "start_time_seconds")
+    for name in names:
+        assert server.metric(f"process_{name}") > 0
+        assert server.metric(f"gemma_engine_process_{name}") > 0
+    monkeypatch.setattr(server.engine, "pid", os.getppid())
+    assert server.metric("gemma_engine_process_start_time_seconds") <= server.metric(
+        "process_start_time_seconds"
+    )
+    monkeypatch.setattr(server.engine, "pid", 1 << 30)  # one that has ended
+    assert "gemma_engine_process" not in server.http.get("/metrics").text
+
+
+WANTED = """
+vllm:num_requests_waiting vllm:num_requests_running vllm:kv_cache_usage_perc vllm:cache_config_info
+vllm:prompt_tokens_total vllm:generation_tokens_total vllm:num_preemptions_total
+vllm:prefix_cache_queries_total vllm:prefix_cache_hits_total vllm:request_success_total
+vllm:time_to_first_token_seconds vllm:inter_token_latency_seconds vllm:request_time_per_output_token_seconds
+vllm:e2e_request_latency_seconds vllm:request_queue_time_seconds vllm:request_inference_time_seconds
+vllm:request_prefill_time_seconds vllm:request_decode_time_seconds vllm:request_prompt_tokens
+vllm:request_generation_tokens vllm:request_params_max_tokens vllm:iteration_tokens_total
+gemma_http_requests_total gemma_requests_rejected_total gemma_requests_aborted_total gemma_model_loaded
+gemma_model_load_seconds gemma_engine_step_seconds gemma_client_disconnects_total gemma_sse_open_streams
+gemma_build_info process_start_time_seconds process_resident_memory_bytes process_open_fds
+"""
+"""What dashboards, autoscalers, gateways and alerts ask for."""
+
+
+def test_the_names_that_others_ask_for_are_there(server: LiveServer) -> None:
+    server.complete()
+    families = set(re.findall(r"^# TYPE (\S+) ", server.http.get("/metrics").text, re.MULTILINE))
+    assert set(WANTED.split()) <= families
 
 
 def test_build_and_load_are_told(server: LiveServer) -> None:

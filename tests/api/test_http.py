@@ -7,7 +7,6 @@ import json
 import logging
 import re
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.middleware import OPEN_PATHS
+from server.api.auth import OPEN_PATHS
 from tests.api.support import LiveServer, assert_error, live_server, wait_until
 
 PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
@@ -130,24 +129,25 @@ def test_a_body_over_the_limit_is_refused_without_its_length_and_the_rest_unread
 def test_a_length_that_lies_harms_nobody(server: LiveServer) -> None:
     with server.connect() as sock:
         sock.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b'Content-Length: 500\r\n\r\n{"prompt": "a"}'
         )
     with (
         server.connect() as sock
     ):  # what follows the given length is another request, and none that makes sense
         sock.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b'Content-Length: 5\r\n\r\n{"prompt": "a"}'
         )
         assert b" 400 " in sock.recv(4096).partition(b"\r\n")[0]
     assert server.complete().status_code == 200
 
 
+@pytest.mark.covers("R08", "H02")
 def test_a_body_that_does_not_come_is_given_up(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.body.BODY_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("server.api.body.BODY_SECONDS", 0.05)
     with server.connect() as sock:
-        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
         answer = http.client.HTTPResponse(sock)
         answer.begin()
         assert answer.status == 408
@@ -179,6 +179,7 @@ def test_another_method_is_a_405_that_names_the_right_one(server: LiveServer) ->
     assert_error(server.http.post("/v1/models"), 405)
 
 
+@pytest.mark.covers("H13")
 def test_options_get_no_cors_headers(server: LiveServer) -> None:
     response = server.http.options("/v1/models", headers={"origin": "https://evil.example"})
     assert response.status_code == 405
@@ -253,6 +254,7 @@ def paths_of(live: LiveServer) -> list[str]:
     return [*document["paths"], "/docs", "/redoc", "/openapi.json", "/nope", "/", "/v1/models/x/y"]
 
 
+@pytest.mark.covers("S01", "H15")
 def test_every_path_but_probes_and_metrics_needs_a_key(small: LiveServer) -> None:
     paths = paths_of(small)
     assert set(paths) >= OPEN_PATHS
@@ -271,6 +273,7 @@ def test_every_path_but_probes_and_metrics_needs_a_key(small: LiveServer) -> Non
                     assert_error(response, 401, code="invalid_api_key")
 
 
+@pytest.mark.covers("S01", "H14")
 @pytest.mark.parametrize(
     "headers",
     [
@@ -295,19 +298,21 @@ def test_no_other_way_in_than_a_key(small: LiveServer, headers: list[tuple[str, 
         assert stranger.get("/v1/models?key=first-key", headers=headers).status_code == 401
 
 
+@pytest.mark.covers("S01")
 def test_an_empty_key_locks_the_server_rather_than_opening_it() -> None:
     with live_server(api_key=[""]) as server:
         assert server.http.get("/v1/models").status_code == 401
         assert server.http.get("/v1/models", headers={"authorization": "Bearer"}).status_code == 401
 
 
+@pytest.mark.covers("S01")
 @pytest.mark.parametrize("value", ["Bearer first-key", "bearer second-key", "BEARER  first-key"])
 def test_each_key_lets_in(small: LiveServer, value: str) -> None:
     with httpx.Client(base_url=small.url) as client:
         assert client.get("/v1/models", headers={"authorization": value}).status_code == 200
 
 
-@pytest.mark.covers("R10")
+@pytest.mark.covers("S01", "R10")
 @pytest.mark.parametrize(
     "target", ["/livez/../v1/models", "//livez", "/livez/", "/LIVEZ", "/livez%2f..%2fv1/models"]
 )
@@ -318,6 +323,7 @@ def test_a_path_that_looks_open_is_not(small: LiveServer, target: str) -> None:
     connection.close()
 
 
+@pytest.mark.covers("S10")
 def test_keys_do_not_share_cached_prefixes(small: LiveServer) -> None:
     small.engine.submitted.clear()
 
@@ -346,8 +352,10 @@ def test_without_keys_all_share_prefixes_but_for_the_request_s_salt(server: Live
 # --- connections -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("H12")
 def test_pipelined_requests_are_answered_in_order(server: LiveServer) -> None:
-    request = b"GET /v1/models/tiny HTTP/1.1\r\nHost: x\r\n\r\nGET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+    host = b"HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    request = b"GET /v1/models/tiny " + host + b"GET /version " + host
     with server.connect() as sock:
         sock.sendall(request)
         data = b""
@@ -366,10 +374,11 @@ def test_junk_harms_nobody(server: LiveServer, junk: bytes) -> None:
     assert server.complete().status_code == 200
 
 
+@pytest.mark.covers("H01")
 def test_headers_have_a_bound(server: LiveServer) -> None:
     with server.connect() as sock:
         sock.settimeout(10)
-        sock.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000)
+        sock.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000)
         assert sock.recv(4096).startswith(b"HTTP/1.1 400")
 
 
@@ -382,36 +391,6 @@ def test_the_body_of_a_request_that_offers_http_2_is_read(server: LiveServer) ->
 def test_a_client_that_leaves_within_its_body_harms_nobody(server: LiveServer) -> None:
     for _ in range(20):
         with server.connect() as sock:
-            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     series = 'gemma_http_requests_total{code="499",route="/v1/completions"}'
     wait_until(lambda: server.metric(series) >= 20)
-
-
-@pytest.mark.covers("R03")
-def test_the_event_loop_does_not_stand_still_for_a_large_body(server: LiveServer) -> None:
-    gaps = []
-    over = threading.Event()
-
-    def probe() -> None:
-        with httpx.Client(base_url=server.url) as client:
-            while not over.is_set() or not gaps:
-                started = time.monotonic()
-                client.get("/livez")
-                gaps.append(time.monotonic() - started)
-
-    thread = threading.Thread(target=probe)
-    thread.start()
-    try:
-        for path, body in (
-            ("/v1/completions", b"[" * 100_000),
-            ("/v1/completions", json.dumps({"prompt": "a" * 8_000_000}).encode()),
-            ("/v1/completions", json.dumps({"prompt": ["a"] * 1024, "n": 128}).encode()),
-            ("/v1/completions", json.dumps({"prompt": "a", **{f"f{i}": 1 for i in range(100_000)}}).encode()),
-            ("/detokenize", json.dumps({"tokens": ["a"] * 1_000_000}).encode()),
-            ("/detokenize", json.dumps({"tokens": [8] * 1_000_000}).encode()),
-        ):
-            server.http.post(path, content=body, headers=JSON)
-    finally:
-        over.set()
-        thread.join()
-    assert max(gaps) < 3  # far more than it takes, for the sake of busy machines

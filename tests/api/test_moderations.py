@@ -27,7 +27,7 @@ YES, NO = answer_ids(TOKENIZER)
 @pytest.fixture
 def server(tmp_path: Path) -> Any:
     with live_server(data_dir=tmp_path, max_model_len=4096) as live:
-        app: Any = live._server.config.app
+        app: Any = live.http_server.config.app
         app.state.policies = SHORT
         yield live
 

@@ -6,16 +6,16 @@ import asyncio
 import http.client
 import json
 import socket
-import struct
 import time
 from typing import Any
 
 import httpx
 import pytest
-from sse_starlette.sse import AppStatus, SendTimeoutError
+from sse_starlette.sse import SendTimeoutError
 
 from server.app import create_app
 from server.config import ServerConfig
+from tests.api.raw_http import reset, send_request
 from tests.api.support import (
     FakeEngineClient,
     LiveServer,
@@ -27,27 +27,12 @@ from tests.api.support import (
 )
 
 
-def send_request(server: LiveServer, **fields: Any) -> socket.socket:
-    body = json.dumps({"prompt": "ab", "max_tokens": 50, **fields}).encode()
-    sock = server.connect()
-    sock.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-    )
-    return sock
-
-
-def reset(sock: socket.socket) -> None:
-    """Close with RST, as a crashed client does."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
 def slow_and_endless(server: LiveServer, delay: float = 0.05) -> None:
     server.script.delay = delay
     server.script.ends_with_stop = False
 
 
+@pytest.mark.covers("H09")
 def test_a_stream_s_headers_keep_proxies_from_buffering(server: LiveServer) -> None:
     headers = server.chat(stream=True).headers
     assert headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -63,6 +48,7 @@ def test_each_token_is_sent_when_it_comes(server: LiveServer) -> None:
     assert arrivals[-1] - arrivals[0] > 0.04
 
 
+@pytest.mark.covers("H09")
 def test_a_silent_stream_is_kept_alive_before_and_after_the_first_token() -> None:
     with live_server(sse_keep_alive_interval=0.05) as server:
         server.script.delay, server.script.text = 0.3, "a"
@@ -73,6 +59,7 @@ def test_a_silent_stream_is_kept_alive_before_and_after_the_first_token() -> Non
         assert len(events(text)) >= 2
 
 
+@pytest.mark.covers("H05", "H06")
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("close", [socket.socket.close, reset])
 @pytest.mark.parametrize("stream", [True, False])
@@ -126,6 +113,7 @@ def test_clients_that_stay_are_not_counted_as_gone(server: LiveServer) -> None:
     assert server.metric("gemma_sse_open_streams") == 0
 
 
+@pytest.mark.covers("H03")
 def test_a_reader_that_stands_still_does_not_hold_up_the_others(server: LiveServer) -> None:
     slow_and_endless(server, delay=0)
     idle = [send_request(server, stream=True) for _ in range(20)]
@@ -136,6 +124,7 @@ def test_a_reader_that_stands_still_does_not_hold_up_the_others(server: LiveServ
         sock.close()
 
 
+@pytest.mark.covers("K13")
 def test_a_full_server_refuses_at_once_and_recovers() -> None:
     with live_server(max_queued_requests=3) as server:
         slow_and_endless(server, delay=30)
@@ -145,10 +134,10 @@ def test_a_full_server_refuses_at_once_and_recovers() -> None:
             assert "3" in assert_error(response, 429, code="queue_full")
             assert int(response.headers["retry-after"]) >= 1
         assert server.metric('gemma_requests_rejected_total{reason="queue_full"}') == 3
-        assert_error(server.complete(n=4), 400, param="n")
         for sock in busy:
             sock.close()
         server.assert_idle()
+        assert_error(server.complete(n=4), 400, param="n")
         server.script.delay = 0
         assert server.complete(n=3).status_code == 200
 
@@ -172,21 +161,6 @@ def test_a_request_that_fails_leaves_its_siblings_aborted(server: LiveServer) ->
     server.assert_idle()
 
 
-def test_streams_run_to_their_end_while_the_server_shuts_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    with live_server(shutdown_timeout=5) as server:
-        server.script.delay, server.script.text = 0.1, "abcdefghijk"
-        sock = send_request(server, stream=True)
-        assert b"data: " in sock.recv(4096) + sock.recv(4096)
-        # What SIGTERM does, which cannot reach a server in a thread.
-        monkeypatch.setattr(AppStatus, "should_exit", True)
-        server.end()
-        data = b""
-        while received := sock.recv(4096):
-            data += received
-        assert b"data: [DONE]" in data
-        sock.close()
-
-
 async def test_many_streams_at_once_get_their_own_text(server: LiveServer) -> None:
     async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
 
@@ -201,8 +175,9 @@ async def test_many_streams_at_once_get_their_own_text(server: LiveServer) -> No
         assert text.startswith(letter * 3)
 
 
+@pytest.mark.covers("H03")
 async def test_a_client_that_reads_nothing_for_long_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.sse.SEND_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("server.api.sse.SEND_SECONDS", 0.05)
     engine = FakeEngineClient()
     engine.script.ends_with_stop = False
     runtime = ScriptedRuntime(ServerConfig(), engine)

@@ -221,7 +221,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.covers("R27")
+@pytest.mark.covers("E09", "R27")
 @pytest.mark.parametrize("fields", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_grammar_is_refused_soon_and_holds_nobody_up(
     server: LiveServer, fields: dict[str, Any]

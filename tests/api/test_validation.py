@@ -363,7 +363,7 @@ def test_what_cannot_fit_is_refused_before_the_engine(
         assert server.engine.submitted == []
 
 
-@pytest.mark.covers("R19")
+@pytest.mark.covers("R18", "R19")
 def test_the_refusal_says_whether_model_or_memory_is_the_limit(server: LiveServer) -> None:
     over_model = assert_error(server.complete([BOS] * MAX_MODEL_LEN), 400, param="prompt")
     over_pool = assert_error(server.complete([BOS] * MAX_SEQUENCE_TOKENS), 400, param="prompt")

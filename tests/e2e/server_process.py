@@ -23,12 +23,36 @@ START_SECONDS = 90.0
 class ServerProcess:
     """`gemma-server serve` on a free port, with its log in a file."""
 
-    def __init__(self, model: Path | str, *options: str) -> None:
+    def __init__(
+        self,
+        model: Path | str,
+        *options: str,
+        port: int = 0,
+        log: int | None = None,
+        max_files: int | None = None,
+    ) -> None:
+        """log: a file descriptor, instead of the file that `log` reads and `wait_ready` needs to find the port
+        if that is 0. max_files: as `ulimit -n`.
+        """
         self._log = tempfile.NamedTemporaryFile(mode="w+", suffix=".log")  # noqa: SIM115  # closed by `close`
-        command = [sys.executable, "-m", "server", "serve", "--model", str(model), "--port", "0", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "server",
+            "serve",
+            "--model",
+            str(model),
+            "--port",
+            str(port),
+            *options,
+        ]
+        if max_files is not None:
+            command = ["sh", "-c", f'ulimit -n {max_files}; exec "$@"', "sh", *command]
         # Checkpoints of tests last for a test, and their copies would stay.
         environment = {"GEMMA_SERVER_WEIGHT_CACHE": "false"} | os.environ
-        self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, env=environment)
+        output = self._log if log is None else log
+        self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        self.url = f"http://127.0.0.1:{port}"
 
     @property
     def log(self) -> str:
@@ -45,10 +69,19 @@ class ServerProcess:
 
     def wait_ready(self) -> None:
         """Waits for the port, then for the model. Fails with the log."""
-        port = self._until(lambda: re.search(r"running on http://127\.0\.0\.1:(\d+)", self.log), "a port")
-        self.url = f"http://127.0.0.1:{port[1]}"
-        with self.client() as client:
-            self._until(lambda: client.get("/readyz").status_code == 200, "readiness")
+        self.wait_port()
+        self._until(self._is_ready, "readiness")
+
+    def wait_port(self) -> None:
+        if self.url.endswith(":0"):
+            found = self._until(lambda: re.search(r"running on http://127\.0\.0\.1:(\d+)", self.log), "a port")
+            self.url = f"http://127.0.0.1:{found[1]}"
+
+    def _is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=60.0).status_code == 200
+        except httpx.ConnectError:
+            return False
 
     def wait_exit(self, seconds: float = 20.0) -> int:
         return self.process.wait(seconds)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import threading
 import time
 from pathlib import Path
@@ -35,20 +34,11 @@ def stream_in_background(server: ServerProcess) -> tuple[threading.Thread, list[
     return reader, events
 
 
-def test_sigterm_lets_a_stream_finish_and_ends_with_zero(tiny_checkpoint: Path) -> None:
-    with running_server(tiny_checkpoint, *OPTIONS) as server:
-        engine = server.engine
-        reader, events = stream_in_background(server)
-        server.process.send_signal(signal.SIGTERM)
-        assert server.wait_exit(30) == 0
-        reader.join()
-        assert events[-1] == "[DONE]"
-        assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
-        assert not engine.is_running()
-
-
-def test_an_engine_that_dies_ends_its_streams_with_an_error_and_the_server(tiny_checkpoint: Path) -> None:
-    with running_server(tiny_checkpoint, *OPTIONS) as server:
+@pytest.mark.covers("E08")
+def test_an_engine_that_is_given_up_on_ends_its_streams_with_an_error_and_the_server(
+    tiny_checkpoint: Path,
+) -> None:
+    with running_server(tiny_checkpoint, *OPTIONS, "--max-engine-restarts", "0") as server:
         reader, events = stream_in_background(server)
         server.engine.kill()
         assert server.wait_exit(30) == 70
@@ -57,14 +47,16 @@ def test_an_engine_that_dies_ends_its_streams_with_an_error_and_the_server(tiny_
         assert json.loads(events[-2])["error"]["type"] == "server_error"
 
 
+@pytest.mark.covers("E02")
 def test_an_engine_does_not_outlive_its_front(tiny_checkpoint: Path) -> None:
     with running_server(tiny_checkpoint, *OPTIONS) as server:
         engine = server.engine
         server.process.kill()
-        psutil.wait_procs([engine], timeout=10)
+        psutil.wait_procs([engine], timeout=5)
         assert not engine.is_running()
 
 
+@pytest.mark.covers("L05")
 def test_the_port_is_open_before_the_model_is_loaded(tiny_checkpoint: Path) -> None:
     server = ServerProcess(tiny_checkpoint, *OPTIONS)
     try:

@@ -87,7 +87,7 @@ def test_streamed_text_is_the_whole_text_for_every_kind_of_sampling(server: Serv
             assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == whole
 
 
-@pytest.mark.covers("R26")
+@pytest.mark.covers("K07", "R26")
 def test_a_seeded_request_says_the_same_alone_and_in_company(server: ServerProcess) -> None:
     bodies = [
         {
@@ -108,30 +108,93 @@ def test_a_seeded_request_says_the_same_alone_and_in_company(server: ServerProce
     assert other_seed != alone[0]
 
 
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"n": 2, "temperature": 1.0},
+    {"logprobs": 3},
+    {"min_tokens": 50, "ignore_eos": False},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+    {"guided_regex": "[a-f]{50}[g-z]*", "ignore_eos": False},
+    {"stream": True},
+]
+
+
+def choices_of(client: httpx.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a request is told, with a stream put together."""
+    if not body.get("stream"):
+        choices: list[dict[str, Any]] = complete(client, **body)["choices"]
+        return choices
+    with client.stream("POST", "/v1/completions", json={"temperature": 0, **body}) as response:
+        *events, done = [line[6:] for line in response.iter_lines() if line.startswith("data: ")]
+    assert done == "[DONE]"
+    parts = [json.loads(event)["choices"][0] for event in events]
+    return [parts[-1] | {"text": "".join(part["text"] for part in parts)}]
+
+
+@pytest.mark.covers("K01", "K02", "R19")
 def test_requests_that_outgrow_the_cache_are_preempted_and_say_what_they_say_alone(
     server: ServerProcess, tiny_checkpoint: Path
 ) -> None:
-    bodies = [{"prompt": make_prompt(seed), "max_tokens": 60, "ignore_eos": True} for seed in range(32)]
+    bodies = [
+        {"prompt": make_prompt(seed), "max_tokens": 60, "ignore_eos": True, "seed": seed}
+        | KINDS[seed % len(KINDS)]
+        for seed in range(32)
+    ]
     with server.client() as client:
-        alone = [text_of(client, **body) for body in bodies]
+        for body in bodies[:: len(KINDS)]:
+            # Late in the text, behind where others take the memory away; the longest ends inside it.
+            body["stop"] = [text_of(client, **body)[30:33]]
+        alone = [choices_of(client, body) for body in bodies]
     # A prompt of 40 tokens and 60 more take 7 blocks: the pool holds three such sequences.
-    options = (
-        "--dtype",
-        "float32",
-        "--num-threads",
-        "1",
-        "--num-gpu-blocks-override",
-        "21",
-        "--max-model-len",
-        "128",
-    )
+    options = ("--dtype", "float32", "--num-threads", "1", "--num-gpu-blocks-override", "21")
     with running_server(tiny_checkpoint, *options) as small, small.client() as client:
         with ThreadPoolExecutor(len(bodies)) as pool:
-            together = list(pool.map(lambda body: text_of(client, **body), bodies))
+            together = list(pool.map(lambda body: choices_of(client, body), bodies))
+            # Less than the context, more than the pool.
+            refused = client.post("/v1/completions", json={"prompt": [5] * (21 * 16)})
         assert together == alone
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
         assert small.metric("vllm:num_preemptions_total") > 0
         small.wait_metric("vllm:kv_cache_usage_perc", 0.0)
         small.wait_metric("vllm:num_requests_running", 0.0)
+        assert text_of(client, prompt=[5] * (21 * 16 - 1))
+
+
+@pytest.mark.covers("R18")
+@pytest.mark.parametrize(
+    ("num_prompt", "max_tokens", "num_generated"),
+    [
+        (CONTEXT - 2, None, 2),
+        (CONTEXT - 1, None, 1),
+        (CONTEXT, None, None),
+        (CONTEXT + 1, None, None),
+        (CONTEXT - 1, 1, 1),
+        (CONTEXT - 1, 2, None),
+        (10, CONTEXT - 9, None),
+    ],
+)
+def test_a_prompt_fills_the_context_to_the_last_token_and_not_beyond(
+    server: ServerProcess, num_prompt: int, max_tokens: int | None, num_generated: int | None
+) -> None:
+    body = {"prompt": [5] * num_prompt, "max_tokens": max_tokens, "ignore_eos": True}
+    with server.client() as client:
+        response = client.post("/v1/completions", json=body)
+    if num_generated is None:
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+    else:
+        assert response.json()["usage"]["completion_tokens"] == num_generated
+        assert response.json()["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.covers("K09")
+def test_128_choices_of_one_cold_prompt_are_one_and_the_same(server: ServerProcess) -> None:
+    with server.client() as client:
+        [alone] = complete(client, prompt=make_prompt(901, 50), max_tokens=8, cache_salt="alone")["choices"]
+        choices = complete(client, prompt=make_prompt(901, 50), max_tokens=8, n=128)["choices"]
+    assert len(choices) == 128
+    assert {choice["text"] for choice in choices} == {alone["text"]}
 
 
 def test_clients_that_leave_mid_stream_leave_nothing_behind(server: ServerProcess) -> None:
@@ -158,6 +221,7 @@ def test_clients_that_leave_mid_stream_leave_nothing_behind(server: ServerProces
     assert time.monotonic() - started < 1.0
 
 
+@pytest.mark.covers("K08")
 def test_a_shared_prefix_is_computed_once(server: ServerProcess) -> None:
     prompt = make_prompt(77, 200)
     with server.client() as client:

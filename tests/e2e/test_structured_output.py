@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -164,3 +165,24 @@ def test_streams_go_on_while_hostile_grammars_come(server: ServerProcess) -> Non
             done.set()
         watcher.result()
     assert longest < 1.0
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_constraints_that_contradict_each_other_are_the_request_s_fault(
+    backend: str, tiny_checkpoint: Path
+) -> None:
+    """Each is fine alone; together they leave nothing behind the first token."""
+    (a,), (b,) = (make_tiny_tokenizer().encode_text(text) for text in ("a", "b"))
+    body = {"model": "x", "prompt": "a", "max_tokens": 8, "allowed_token_ids": [a], "guided_regex": "ab"}
+    options = ("--backend", backend, "--served-model-name", "x")
+    with running_server(tiny_checkpoint, *options) as server, server.client() as client:
+        response = client.post("/v1/completions", json=body)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["code"] == "contradictory_constraints"
+        assert "the 1 tokens" in response.json()["error"]["message"]
+        streamed = client.post("/v1/completions", json={**body, "stream": True})
+        assert streamed.status_code == 200
+        assert '"contradictory_constraints"' in streamed.text
+        assert streamed.text.endswith("data: [DONE]\n\n")
+        both = client.post("/v1/completions", json={**body, "allowed_token_ids": [a, b]})
+        assert both.json()["choices"][0]["text"] == "ab"

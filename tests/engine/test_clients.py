@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import os
+import signal
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
+from server.config import ServerConfig
 from server.engine.types import (
     EngineConfig,
     FinishReason,
@@ -64,7 +69,11 @@ def make_config(checkpoint: Path) -> EngineConfig:
     )
 
 
-@pytest.fixture(params=[ProcessClient, InprocClient])
+def make_process_client() -> ProcessClient:
+    return ProcessClient(ServerConfig(max_engine_restarts=0))
+
+
+@pytest.fixture(params=[make_process_client, InprocClient])
 async def engine(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> AsyncGenerator[Watched, None]:
     watched = Watched(request.param())
     info = await watched.client.start(make_config(tiny_checkpoint))
@@ -93,6 +102,7 @@ async def test_a_reader_that_stops_frees_the_sequence(engine: Watched) -> None:
     assert sum(step.num_decode_tokens for step in engine.steps) < 400
 
 
+@pytest.mark.covers("R18")
 async def test_what_can_never_fit_is_ended_with_a_reason(engine: Watched) -> None:
     whole = await engine.run(make_request("a", prompt=(2,) * 512))
     assert whole.finish_reason is FinishReason.ERROR
@@ -109,9 +119,46 @@ async def test_stopping_twice_is_stopping_once_and_ends_who_still_reads(engine: 
         await reader
 
 
-@pytest.mark.parametrize("kind", [ProcessClient, InprocClient])
+async def test_an_engine_tells_its_state_whether_it_has_work_or_none(engine: Watched) -> None:
+    idle = await engine.client.inspect(10)
+    assert (idle.running, idle.waiting, idle.num_steps) == ([], [], 0)
+    assert {pool.num_held for pool in idle.pools.values()} == {0}
+    request = msgspec.structs.replace(make_request("a", max_tokens=500), client_request_id="client-a")
+    async with aclosing(engine.client.generate(request)) as outputs:
+        await anext(outputs)
+        first, second = await asyncio.gather(engine.client.inspect(10), engine.client.inspect(10))
+        (running,) = first.running
+        assert (running.request_id, running.client_request_id) == ("a", "client-a")
+        assert running.num_prompt_tokens == 3
+        assert running.num_computed_tokens == 2 + running.num_generated_tokens
+        assert second.number != first.number
+        assert min(pool.num_held for pool in first.pools.values()) > 0
+    await engine.wait_idle()
+    assert (await engine.client.inspect(10)).running == []
+
+
+async def test_a_stopped_engine_tells_nothing_until_it_goes_on(tiny_checkpoint: Path) -> None:
+    client = make_process_client()
+    await client.start(make_config(tiny_checkpoint))
+    os.kill(client.pid, signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(client.inspect(1), 0.2)
+    os.kill(client.pid, signal.SIGCONT)
+    await asyncio.wait_for(client.inspect(1), 10)
+    os.kill(client.pid, signal.SIGSTOP)
+    waiting = asyncio.create_task(client.inspect(1))
+    await asyncio.sleep(0.01)
+    os.kill(client.pid, signal.SIGKILL)
+    with pytest.raises(EngineDeadError):
+        await waiting
+    with pytest.raises(EngineDeadError):
+        await client.inspect(1)
+    await client.stop()
+
+
+@pytest.mark.parametrize("kind", [make_process_client, InprocClient])
 async def test_a_model_that_cannot_be_loaded_is_an_error_with_the_reason(
-    kind: type[ProcessClient | InprocClient], tmp_path: Path
+    kind: Callable[[], ProcessClient | InprocClient], tmp_path: Path
 ) -> None:
     watched = Watched(kind())
     with pytest.raises(EngineDeadError, match=r"config\.json"):
@@ -124,7 +171,7 @@ async def test_an_engine_whose_messages_cannot_be_taken_in_counts_as_dead(tiny_c
     def fail(stats: StepStats) -> None:
         raise ZeroDivisionError("a bug")
 
-    watched = Watched(ProcessClient())
+    watched = Watched(make_process_client())
     await watched.client.start(make_config(tiny_checkpoint))
     watched.client.on_step = fail
     with pytest.raises(EngineDeadError):
@@ -134,7 +181,7 @@ async def test_an_engine_whose_messages_cannot_be_taken_in_counts_as_dead(tiny_c
 
 
 async def test_a_killed_engine_is_noticed(tiny_checkpoint: Path) -> None:
-    watched = Watched(ProcessClient())
+    watched = Watched(make_process_client())
     await watched.client.start(make_config(tiny_checkpoint))
     outputs = watched.client.generate(make_request("a", max_tokens=500))
     await anext(outputs)

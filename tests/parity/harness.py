@@ -25,7 +25,13 @@ from server.engine.models.config_reader import read_hf
 from server.engine.models.gemma import GemmaModel, prepare_weights
 from server.engine.sequence import Sequence as EngineSequence
 from server.engine.speculation import NgramSpeculator
-from server.engine.types import GenerateRequest, PromptTokenLogprob, SamplingParams
+from server.engine.types import (
+    FinishReason,
+    GenerateRequest,
+    PromptTokenLogprob,
+    SamplingParams,
+    TokenLogprob,
+)
 
 VOCAB = 67
 WINDOW = 8
@@ -159,6 +165,8 @@ class Engine:
     num_accepted_tokens: int = 0
     num_cached_tokens: dict[str, int] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[PromptTokenLogprob | None]] = field(default_factory=dict)
+    logprobs: dict[str, list[TokenLogprob]] = field(default_factory=dict)
+    finish_reasons: dict[str, FinishReason] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         groups = self.model.config.kv_groups()
@@ -192,6 +200,10 @@ class Engine:
                 self.num_cached_tokens[output.request_id] = output.num_cached_tokens
                 if output.prompt_logprobs is not None:
                     self.prompt_logprobs[output.request_id] = output.prompt_logprobs
+                self.logprobs.setdefault(output.request_id, []).extend(output.logprobs or [])
+                if output.finish_reason is not None:
+                    assert output.request_id not in self.finish_reasons, "it had ended"
+                    self.finish_reasons[output.request_id] = output.finish_reason
             counts = self.scheduler.take_counts()
             self.num_preemptions += counts.num_preemptions
             self.num_accepted_tokens += counts.num_accepted_tokens

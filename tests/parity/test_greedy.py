@@ -27,6 +27,7 @@ def test_sequences_that_arrive_together_are_continued_as_by_transformers(name: s
     assert_all_greedy(name, Engine(our_model(name), chunk=7).generate(REQUESTS))
 
 
+@pytest.mark.covers("K07")
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
 def test_sequences_that_arrive_in_turn_are_continued_as_by_transformers_for_every_chunk_size(
@@ -36,6 +37,7 @@ def test_sequences_that_arrive_in_turn_are_continued_as_by_transformers_for_ever
     assert_all_greedy(name, Engine(our_model(name), chunk=chunk).generate(REQUESTS, arrive_every=3))
 
 
+@pytest.mark.covers("K01")
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 @pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
 def test_preempted_sequences_are_continued_as_by_transformers(name: str, block_size: int) -> None:
@@ -46,6 +48,7 @@ def test_preempted_sequences_are_continued_as_by_transformers(name: str, block_s
     assert set(engine.scheduler.kv_usage().values()) == {0.0}
 
 
+@pytest.mark.covers("K08", "K10")
 @pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3", "gemma3-all-sliding"])
 def test_cached_prefixes_change_nothing(name: str) -> None:
     engine = Engine(our_model(name), prefix_caching=True)
@@ -57,6 +60,7 @@ def test_cached_prefixes_change_nothing(name: str) -> None:
     assert [engine.num_cached_tokens[one.request_id] for one in REQUESTS] == expected
 
 
+@pytest.mark.covers("K08", "K10")
 def test_a_prefix_that_two_running_sequences_share_changes_nothing() -> None:
     common = prompt(2 * WINDOW, seed=5)
     prompts = [[*common, 1, 2, 3], [*common, 4], [*common, 1, 2]]

@@ -65,6 +65,7 @@ def test_sequences_that_arrive_in_turn_are_continued_as_by_transformers(
         assert_greedy(name, token_ids, tokens)
 
 
+@pytest.mark.covers("K01", "K02", "K07", "K08")
 @every_level
 @pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
 def test_in_bf16_neither_company_nor_preemption_nor_a_cached_prefix_changes_a_token(

@@ -1,4 +1,5 @@
 from tests.fixtures_tokenizers import (
+    function_tokenizer,
     gemma2_tokenizer,
     gemma2_tokenizer_file,
     gemma3_tokenizer,
@@ -8,6 +9,7 @@ from tests.fixtures_tokenizers import (
 )
 
 __all__ = [
+    "function_tokenizer",
     "gemma2_tokenizer",
     "gemma2_tokenizer_file",
     "gemma3_tokenizer",

@@ -38,6 +38,7 @@ def make_request(
     max_tokens: int = 4,
     cache_salt: str = "",
     priority: int = 0,
+    tenant: str = "",
     **params: object,
 ) -> GenerateRequest:
     return GenerateRequest(
@@ -46,6 +47,7 @@ def make_request(
         params=SamplingParams(max_tokens=max_tokens, seed=0, **params),  # type: ignore[arg-type]
         cache_salt=cache_salt,
         priority=priority,
+        tenant=tenant,
     )
 
 

@@ -44,6 +44,7 @@ def test_a_prompt_is_computed_in_chunks_and_samples_at_its_end() -> None:
     ]
 
 
+@pytest.mark.covers("K15")
 def test_decodes_come_before_a_long_prefill_that_arrived_earlier() -> None:
     engine = make_engine(max_num_batched_tokens=8, long_prefill_threshold=6)
     engine.add(make_request("long", range(100, 140)))
@@ -52,6 +53,7 @@ def test_decodes_come_before_a_long_prefill_that_arrived_earlier() -> None:
     assert planned(engine) == [("short", 2, 1, True), ("long", 6, 6, False)]
 
 
+@pytest.mark.covers("K15")
 def test_beside_running_streams_prompts_get_no_more_than_they_are_given() -> None:
     engine = make_engine(max_num_batched_tokens=20, long_prefill_threshold=10, max_num_seqs=10)
     engine.max_prefill_tokens = 3
@@ -66,6 +68,7 @@ def test_beside_running_streams_prompts_get_no_more_than_they_are_given() -> Non
     assert planned(engine)[len(streams) :] == [("long", 3, 10, False), ("other", 0, 2, False)]
 
 
+@pytest.mark.covers("K15")
 def test_prompts_that_crowd_the_streams_get_more_in_proportion() -> None:
     engine = make_engine(max_num_batched_tokens=50, long_prefill_threshold=10, max_num_seqs=6)
     engine.max_prefill_tokens = 3
@@ -96,6 +99,7 @@ def test_seats_bound_what_runs_and_the_rest_waits_in_order() -> None:
     assert [item[0] for item in planned(engine)] == ["c", "d"]
 
 
+@pytest.mark.covers("K03")
 def test_the_head_of_the_queue_is_not_overtaken_by_one_that_would_fit() -> None:
     engine = make_engine(num_blocks=(10,))
     engine.add(make_request("running", range(16), max_tokens=3))
@@ -117,6 +121,26 @@ def test_a_prompt_that_the_running_leave_no_room_for_is_not_admitted_by_its_firs
     assert engine.num_preemptions == 0
 
 
+def test_a_prompt_waits_for_the_room_that_those_before_it_have_yet_to_fill() -> None:
+    for windows in [(None,), (None, 6)]:
+        engine = make_engine(windows, [40] * len(windows), max_num_batched_tokens=8, long_prefill_threshold=8)
+        for number, length in enumerate((80, 70, 90)):
+            engine.add(make_request(str(number), [number] * length, max_tokens=9))
+        num_computed = 0
+        while engine.scheduler.has_work():
+            num_computed += engine.step().num_tokens
+        assert engine.num_preemptions == 0
+        assert num_computed == 80 + 70 + 90 + 3 * 8, "each token once"
+
+
+def test_prompts_that_fit_side_by_side_are_computed_side_by_side() -> None:
+    engine = make_engine(num_blocks=(40,), max_num_batched_tokens=16, long_prefill_threshold=4)
+    for number in range(3):
+        engine.add(make_request(str(number), [number] * 40))
+    assert [item[0] for item in planned(engine)] == ["0", "1", "2"]
+
+
+@pytest.mark.covers("K08")
 def test_a_prefix_hit_shortens_the_prefill_and_is_reported() -> None:
     engine = make_engine()
     engine.add(make_request("a", range(12), max_tokens=1))
@@ -131,10 +155,15 @@ def test_a_prefix_hit_shortens_the_prefill_and_is_reported() -> None:
     assert output.scheduled_at == 2.0, "it was the second to be scheduled"
 
 
-@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.covers("K09")
+@pytest.mark.parametrize("count", [2, 8, 128])
 def test_equal_prompts_in_one_step_do_not_read_from_each_other(count: int) -> None:
     engine = make_engine(
-        windows=(None, 6), num_blocks=(99, 99), max_num_batched_tokens=200, long_prefill_threshold=99
+        windows=(None, 6),
+        num_blocks=(999, 999),
+        max_num_seqs=count,
+        max_num_batched_tokens=17 * count,
+        long_prefill_threshold=99,
     )
     for number in range(count):
         engine.add(make_request(str(number), range(17)))
@@ -170,6 +199,7 @@ def test_memory_is_taken_from_the_later_half_with_the_fewest_computed_tokens() -
     assert [item[0] for item in planned(engine)] == ["b", "c", "d"], "it is back in its place"
 
 
+@pytest.mark.covers("K03")
 def test_nothing_is_admitted_in_a_step_that_preempts_and_the_victim_comes_back_before_newer_ones() -> None:
     engine = make_engine(num_blocks=(6,), max_num_batched_tokens=64)
     engine.add(make_request("a", [1] * 8, max_tokens=14))
@@ -186,6 +216,7 @@ def test_nothing_is_admitted_in_a_step_that_preempts_and_the_victim_comes_back_b
     assert admitted.index("b") < admitted.index("new")
 
 
+@pytest.mark.covers("K03")
 def test_a_victim_that_was_planned_leaves_the_plan_and_refunds_its_budget() -> None:
     engine = make_engine(num_blocks=(6,), max_num_batched_tokens=5, long_prefill_threshold=4, max_num_seqs=2)
     engine.add(make_request("long", [1] * 20, max_tokens=2))
@@ -202,6 +233,7 @@ def test_a_victim_that_was_planned_leaves_the_plan_and_refunds_its_budget() -> N
     assert engine.generated("long") == sampled_by([1] * 20, 2)
 
 
+@pytest.mark.covers("K01")
 def test_a_pool_for_exactly_one_sequence_of_the_longest_kind_serves_all_in_turn() -> None:
     engine = make_engine(num_blocks=(8,), max_num_seqs=4)
     requests = [make_request(str(number), [number] * 20, max_tokens=12) for number in range(4)]
@@ -212,6 +244,7 @@ def test_a_pool_for_exactly_one_sequence_of_the_longest_kind_serves_all_in_turn(
         assert (engine.generated(request.request_id), FinishReason.LENGTH) == generate_alone(request, 32)
 
 
+@pytest.mark.covers("K01")
 def test_32_requests_on_a_pool_for_3_generate_what_they_generate_alone() -> None:
     engine = make_engine(windows=(None, 8), num_blocks=(15, 15), max_num_seqs=8)
     requests = [
@@ -225,6 +258,7 @@ def test_32_requests_on_a_pool_for_3_generate_what_they_generate_alone() -> None
     assert engine.num_preemptions > 0
 
 
+@pytest.mark.covers("R19")
 def test_a_sequence_that_outgrows_the_whole_pool_through_a_bug_ends_instead_of_hanging(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -277,6 +311,7 @@ def test_max_tokens_the_context_and_the_pool_each_end_a_sequence_with_length() -
     assert [len(small.generated("pool")), small.finish_reason("pool")] == [3, FinishReason.LENGTH]
 
 
+@pytest.mark.covers("R18", "R19")
 @pytest.mark.parametrize(("num_blocks", "max_model_len"), [(2, 1000), (64, 8)])
 def test_a_prompt_that_can_never_fit_is_refused_with_the_numbers(num_blocks: int, max_model_len: int) -> None:
     engine = make_engine(num_blocks=(num_blocks,), max_model_len=max_model_len)
@@ -300,6 +335,7 @@ def test_an_id_in_use_is_refused_and_the_first_sequence_goes_on() -> None:
     engine.add(make_request("a", range(5)))
 
 
+@pytest.mark.covers("E05", "K04")
 def test_a_bad_row_ends_its_sequence_alone_and_leaves_nothing_in_the_prefix_cache() -> None:
     engine = make_engine(max_num_batched_tokens=64, long_prefill_threshold=8)
     engine.add(make_request("good", range(12)))
@@ -314,6 +350,7 @@ def test_a_bad_row_ends_its_sequence_alone_and_leaves_nothing_in_the_prefix_cach
     assert planned(engine)[0][:2] == ("again", 0)
 
 
+@pytest.mark.covers("K04", "K17")
 def test_abort_frees_at_once_wherever_the_sequence_is_and_is_idempotent() -> None:
     engine = make_engine(max_num_seqs=1, long_prefill_threshold=4)
     running, waiting = engine.add(make_request("a", range(9))), engine.add(make_request("b", range(5)))
@@ -328,6 +365,7 @@ def test_abort_frees_at_once_wherever_the_sequence_is_and_is_idempotent() -> Non
     engine.kv.check([])
 
 
+@pytest.mark.covers("K04", "K17")
 def test_a_preempted_sequence_can_be_aborted() -> None:
     engine = make_engine(num_blocks=(6,))
     for number, request_id in enumerate("ab"):
@@ -340,6 +378,7 @@ def test_a_preempted_sequence_can_be_aborted() -> None:
     assert engine.finish_reason("a") is FinishReason.LENGTH
 
 
+@pytest.mark.covers("K17")
 def test_a_sequence_aborted_during_the_forward_pass_gives_no_output() -> None:
     engine = make_engine()
     engine.add(make_request("a", range(5)))
@@ -370,6 +409,7 @@ def test_logprobs_ride_on_their_token() -> None:
     assert (output.token_ids, output.logprobs) == ([3], [logprob])
 
 
+@pytest.mark.covers("K02")
 @pytest.mark.parametrize("num_blocks", [64, 7])
 def test_prompt_logprobs_leave_once_with_the_first_token_whatever_was_preempted(num_blocks: int) -> None:
     engine = make_engine(num_blocks=(num_blocks,), max_num_batched_tokens=8, max_num_seqs=3)
@@ -385,6 +425,7 @@ def test_prompt_logprobs_leave_once_with_the_first_token_whatever_was_preempted(
     assert (engine.num_preemptions > 0) == (num_blocks == 7)
 
 
+@pytest.mark.covers("K03")
 @pytest.mark.parametrize("caching", [False, True])
 def test_a_sequence_is_recomputed_from_all_its_tokens_after_preemption(caching: bool) -> None:
     engine = make_engine(num_blocks=(8,), enable_prefix_caching=caching)

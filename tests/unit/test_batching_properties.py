@@ -77,6 +77,7 @@ class EngineMachine(RuleBasedStateMachine):
         cache_salt=st.sampled_from(["", "", "other"]),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
         priority=st.sampled_from([0, 0, 0, -1, 3]),
+        tenant=st.sampled_from(["", "a", "b"]),
     )
     def add(
         self,
@@ -88,6 +89,7 @@ class EngineMachine(RuleBasedStateMachine):
         cache_salt: str,
         prompt_logprobs: int | None,
         priority: int,
+        tenant: str,
     ) -> None:
         request = make_request(
             str(len(self.requests)),
@@ -95,6 +97,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_tokens,
             cache_salt,
             priority,
+            tenant,
             stop_token_ids=stop_token_ids,
             prompt_logprobs=prompt_logprobs,
         )
@@ -148,10 +151,12 @@ class EngineMachine(RuleBasedStateMachine):
                 assert len(outputs[0].prompt_logprobs or []) == len(request.prompt_token_ids)
 
 
+@pytest.mark.covers("K01", "K04", "K11", "K12", "K17")
 class TestEngine(EngineMachine.TestCase):  # type: ignore[misc]
     settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
+@pytest.mark.covers("E14", "K01", "K03", "K08", "K11", "K12")
 @pytest.mark.parametrize("windows", [(None,), (None, 6), (6,)])
 @pytest.mark.parametrize("digest_bytes", [0, 32])
 @pytest.mark.parametrize("max_draft_tokens", [0, 5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from server.engine import build
 from server.engine.build import StartError, build_engine
 from server.engine.models.config import expected_weights
 from server.engine.models.config_reader import read_hf
-from server.engine.types import EngineConfig, FinishReason, GenerateRequest, SamplingParams
+from server.engine.types import EngineConfig, EngineInfo, FinishReason, GenerateRequest, SamplingParams
 
 CONFIG = {
     "model_type": "gemma3_text",
@@ -132,3 +134,34 @@ def test_what_cannot_be_served_is_refused_with_a_message_for_people(
 def test_a_missing_file_is_refused_by_name() -> None:
     with pytest.raises(StartError, match=r"nonexistent/model\.gguf"):
         build_engine(config("/nonexistent/model.gguf"), lambda *_: None)
+
+
+@pytest.mark.covers("L09")
+def test_the_pools_shrink_with_the_memory_until_not_one_sequence_fits(
+    model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(free_bytes: int) -> EngineInfo:
+        monkeypatch.setattr(build, "available_bytes", lambda device: free_bytes)
+        return build_engine(config(model_path), lambda *_: None)[1]
+
+    ample = start(1 << 30)
+    assert ample.num_blocks["full"] == 32 * 256 // 16
+    too_little, needed = 0, 1 << 30
+    while needed - too_little > 1 << 16:
+        middle = (too_little + needed) // 2
+        too_little, needed = (too_little, middle) if can_start(start, middle) else (middle, needed)
+    tight = start(needed)
+    assert tight.num_blocks["full"] < ample.num_blocks["full"]
+    assert tight.weight_bytes + tight.kv_cache_bytes < needed
+    with pytest.raises(StartError, match=r"lower --max-model-len, or .* the container's limit"):
+        start(too_little)
+    with pytest.raises(StartError, match=r"the weights take 0 MiB in bfloat16, but only 0 MiB"):
+        start(1000)
+
+
+def can_start(start: Callable[[int], object], free_bytes: int) -> bool:
+    try:
+        start(free_bytes)
+    except StartError:
+        return False
+    return True

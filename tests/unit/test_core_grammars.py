@@ -70,6 +70,7 @@ def generate_alone(request: GenerateRequest, compiled: Matcher) -> tuple[list[in
             return generated, FinishReason.LENGTH
 
 
+@pytest.mark.covers("K02")
 @pytest.mark.parametrize("max_draft_tokens", [0, 1, 5])
 @pytest.mark.parametrize("seed", range(3))
 def test_preemption_and_guesses_change_no_text(seed: int, max_draft_tokens: int) -> None:
@@ -180,6 +181,7 @@ def test_others_go_on_while_a_grammar_compiles(gate: Gate) -> None:
     assert run(core)["waits"].finish_reason is not None
 
 
+@pytest.mark.covers("K04", "K17")
 def test_a_sequence_can_leave_while_its_grammar_compiles(gate: Gate) -> None:
     core = make_core(gate)
     core.add(make_request("leaves", [1, 2], 9, grammar=REGEX.grammar))
@@ -201,6 +203,7 @@ def test_a_grammar_is_compiled_once_for_all_that_have_it(gate: Gate) -> None:
     assert gate.num_compiled == 1
 
 
+@pytest.mark.covers("K04")
 @pytest.mark.parametrize("with_vocabulary", [True, False])
 def test_what_does_not_compile_ends_its_sequence_alone(gate: Gate, with_vocabulary: bool) -> None:
     core = make_core(gate, with_vocabulary=with_vocabulary)
@@ -212,6 +215,26 @@ def test_what_does_not_compile_ends_its_sequence_alone(gate: Gate, with_vocabula
     assert last["bad"].finish_reason is FinishReason.ERROR
     assert last["bad"].error
     assert last["good"].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.covers("E14")
+def test_a_compiler_that_fails_on_one_grammar_goes_on_with_the_next(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, compile_later = make_core(gate), Vocabulary.compile
+
+    def compile_or_fail(vocabulary: Vocabulary, grammar: str) -> Matcher:
+        if grammar == "bad":
+            raise ZeroDivisionError("a bug")
+        return compile_later(vocabulary, grammar)
+
+    monkeypatch.setattr(Vocabulary, "compile", compile_or_fail)
+    core.add(make_request("bad", [1, 2], 9, grammar="bad"))
+    gate.open_and_wait(core)
+    assert run(core)["bad"].finish_reason is FinishReason.ERROR
+    core.add(make_request("good", [1, 2], 9, grammar=REGEX.grammar, stop_token_ids=(EOS,)))
+    gate.open_and_wait(core)
+    assert run(core)["good"].finish_reason is not FinishReason.ERROR
 
 
 @pytest.mark.covers("R28")

@@ -145,6 +145,7 @@ def test_every_spelling_of_the_tanh_gelu_is_accepted(activation: dict[str, Any])
     assert read_hf({"model_type": "gemma", **activation}).model_type == "gemma"
 
 
+@pytest.mark.covers("S08")
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -232,6 +232,7 @@ MALFORMED = {
 }
 
 
+@pytest.mark.covers("S07")
 @pytest.mark.parametrize("fault", MALFORMED)
 def test_a_malformed_file_is_refused_with_the_reason(
     open_bytes: Callable[[bytes], GGUFFile], fault: str
@@ -241,6 +242,7 @@ def test_a_malformed_file_is_refused_with_the_reason(
         open_bytes(content)
 
 
+@pytest.mark.covers("S07")
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_reference_file(path)
@@ -252,6 +254,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
             GGUFFile.open(path)
 
 
+@pytest.mark.covers("S07")
 def test_a_damaged_header_raises_nothing_but_gguf_error(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_reference_file(path)
@@ -269,6 +272,7 @@ def test_a_damaged_header_raises_nothing_but_gguf_error(tmp_path: Path) -> None:
     assert refused > len(content) // 2
 
 
+@pytest.mark.covers("S07")
 def test_a_file_cut_while_it_is_open_raises_instead_of_giving_garbage(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_reference_file(path)

@@ -213,6 +213,7 @@ def test_unknown_control_pieces_stay_control() -> None:
     assert not special["<unused5>"]
 
 
+@pytest.mark.covers("S09")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+import random
+from collections import Counter, deque
 
 import pytest
 from hypothesis import given
@@ -122,6 +124,7 @@ def test_check_reports_references_that_do_not_exist() -> None:
         pool.check({})
 
 
+@pytest.mark.covers("K18")
 @given(st.lists(st.tuples(st.sampled_from(["allocate", "acquire", "release", "publish"]), st.integers(0, 9))))
 def test_pool_books_agree_with_a_plain_count(actions: list[tuple[str, int]]) -> None:
     pool, held = BlockPool(6), Counter[int]()
@@ -144,6 +147,57 @@ def test_pool_books_agree_with_a_plain_count(actions: list[tuple[str, int]]) -> 
         assert pool.num_free == 6 - sum(1 for count in held.values() if count)
 
 
+@pytest.mark.covers("K18")
+def test_a_hundred_thousand_random_steps_lose_and_mix_up_no_block() -> None:
+    """Against a plain record of who holds what, and of what was last written into each block."""
+    num_blocks, chance = 40, random.Random(0)
+    pool, contents = BlockPool(num_blocks), itertools.count()
+    tables: list[list[int]] = []
+    held: Counter[int] = Counter()
+    written: dict[int, int] = {}
+    published: deque[int] = deque(maxlen=30)
+    num_found = num_evicted = 0
+    actions = ["allocate"] * 2 + ["fork"] + ["free"] * 4 + ["publish"] * 2 + ["find"] * 2
+
+    def hold(blocks: list[int]) -> None:
+        tables.append(blocks)
+        held.update(blocks)
+
+    for step in range(100_000):
+        match chance.choice(actions):
+            case "allocate" if pool.num_free:
+                new = pool.allocate(chance.randint(1, min(5, pool.num_free)))
+                assert not any(held[block] for block in new), "somebody holds it"
+                num_evicted += sum(written.get(block) in published for block in new)
+                written |= {block: next(contents) for block in new}
+                hold(new)
+            case "fork" if tables:
+                table = chance.choice(tables)
+                pool.acquire(table)
+                hold(list(table))
+            case "free" if tables:
+                table = tables.pop(chance.randrange(len(tables)))
+                pool.release(table)
+                held -= Counter(table)
+            case "publish" if tables:
+                block = chance.choice(chance.choice(tables))
+                if written[block] not in published:
+                    pool.publish(block, make_prefix(written[block]))
+                    published.append(written[block])
+            case "find" if published:
+                content = chance.choice(published)
+                found = pool.find(make_prefix(content))
+                if found is not None:
+                    assert written[found] == content, "it was written over"
+                    num_found += 1
+                    pool.acquire([found])
+                    hold([found])
+        assert pool.num_free == num_blocks - len(held)
+        if step % 500 == 0:
+            pool.check(held)
+    assert min(num_found, num_evicted) > 1000
+
+
 # --- prefixes ----------------------------------------------------------------------------------------------
 
 
@@ -161,6 +215,7 @@ def test_a_prefix_stands_for_salt_boundaries_and_every_token_before_it() -> None
     assert Prefix.root("s").extended([1, 2]).digest == Prefix.root("s").extended([1, 2]).digest
 
 
+@pytest.mark.covers("K12")
 def test_prefixes_with_equal_digests_match_only_with_equal_tokens_and_salts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -271,6 +326,7 @@ def test_a_long_sequence_holds_no_more_than_a_window_and_a_chunk_in_a_sliding_gr
     assert kv.max_sequence_tokens() > 10**9
 
 
+@pytest.mark.covers("K10")
 def test_released_window_blocks_still_serve_prefix_hits() -> None:
     kv = make_manager(None, 6)
     first = make_sequence("a", range(33))
@@ -286,6 +342,7 @@ def test_released_window_blocks_still_serve_prefix_hits() -> None:
 # --- prefix cache ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("K08")
 @pytest.mark.parametrize("windows", [(None,), (6,), (None, 6)])
 def test_a_cached_prefix_is_whole_blocks_and_leaves_a_token_to_compute(windows: tuple[int | None, ...]) -> None:
     kv = make_manager(*windows)
@@ -296,6 +353,7 @@ def test_a_cached_prefix_is_whole_blocks_and_leaves_a_token_to_compute(windows: 
     assert found == {3: 0, 4: 0, 5: 4, 8: 4, 16: 12, 17: 16, 30: 16}
 
 
+@pytest.mark.covers("K10")
 def test_a_hit_shares_blocks_and_takes_null_blocks_before_the_window() -> None:
     kv = make_manager(None, 6)
     computed_and_freed(kv, list(range(24)))
@@ -311,6 +369,7 @@ def test_a_hit_shares_blocks_and_takes_null_blocks_before_the_window() -> None:
     assert one.block_tables[1][3:5] == two.block_tables[1][3:5]
 
 
+@pytest.mark.covers("K10")
 @given(missing=st.sets(st.integers(0, 5)), window=st.integers(1, 14))
 def test_the_longest_prefix_whose_window_is_cached_is_found(missing: set[int], window: int) -> None:
     """Against the definition, tried for every prefix, with some blocks absent from the sliding group."""
@@ -329,6 +388,7 @@ def test_the_longest_prefix_whose_window_is_cached_is_found(missing: set[int], w
     assert kv.find_cached_prefix(make_sequence("b", range(25))) == max(filter(usable, range(0, 25, 4)))
 
 
+@pytest.mark.covers("K09")
 def test_nothing_is_found_before_it_was_computed() -> None:
     kv = make_manager(None)
     first = make_sequence("a", range(9))
@@ -378,6 +438,7 @@ def test_a_discarded_sequence_leaves_nothing_to_find() -> None:
     kv.check([again])
 
 
+@pytest.mark.covers("K09")
 def test_equal_sequences_computed_together_end_up_with_one_published_copy() -> None:
     kv = make_manager(None)
     one, two = make_sequence("a", range(8)), make_sequence("b", range(8))
@@ -445,16 +506,16 @@ def test_room_is_asked_for_the_whole_sequence_and_what_must_stay_free() -> None:
     kv = make_manager(None, num_blocks=10)
     holder = make_sequence("a", range(16))
     compute(kv, holder)
-    assert kv.has_room(make_sequence("b", range(50, 74)), 0, spare=0.0)
-    assert not kv.has_room(make_sequence("b", range(50, 74)), 0, spare=0.1)
-    assert not kv.has_room(make_sequence("b", range(50, 75)), 0, spare=0.0)
+    assert kv.has_room(make_sequence("b", range(50, 74)), 0, (), spare=0.0)
+    assert not kv.has_room(make_sequence("b", range(50, 74)), 0, (), spare=0.1)
+    assert not kv.has_room(make_sequence("b", range(50, 75)), 0, (), spare=0.0)
     sharing = make_sequence("c", range(40))
     assert kv.find_cached_prefix(sharing) == 16
-    assert kv.has_room(sharing, 16, spare=0.0), "shared blocks need no room"
+    assert kv.has_room(sharing, 16, (), spare=0.0), "shared blocks need no room"
     kv.free(holder)
     assert kv.find_cached_prefix(sharing) == 16
-    assert kv.has_room(sharing, 16, spare=0.0)
-    assert not kv.has_room(sharing, 16, spare=0.1), "cached blocks that are free are not room"
+    assert kv.has_room(sharing, 16, (), spare=0.0)
+    assert not kv.has_room(sharing, 16, (), spare=0.1), "cached blocks that are free are not room"
 
 
 @pytest.mark.parametrize(("window", "block_size"), [(1, 4), (6, 4), (9, 3), (16, 8)])

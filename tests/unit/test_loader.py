@@ -223,6 +223,7 @@ def write_shards(directory: Path, weights: dict[str, Tensor], files: list[str]) 
     write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
+@pytest.mark.covers("S07")
 def test_weights_may_be_symbolic_links_as_in_the_hugging_face_cache(directory: Path) -> None:
     blobs = directory.parent / "blobs"
     blobs.mkdir()
@@ -231,6 +232,7 @@ def test_weights_may_be_symbolic_links_as_in_the_hugging_face_cache(directory: P
     assert_equal(load(directory), random_weights("gemma3_text"))
 
 
+@pytest.mark.covers("S07")
 @pytest.mark.parametrize(
     "name",
     [
@@ -249,6 +251,7 @@ def test_an_index_cannot_lead_out_of_the_directory(directory: Path, name: str) -
         open_checkpoint(directory)
 
 
+@pytest.mark.covers("S07")
 def test_an_absent_shard_is_named(directory: Path) -> None:
     write_shards(directory, random_weights("gemma3_text"), ["a.safetensors", "b.safetensors"])
     (directory / "b.safetensors").unlink()
@@ -280,6 +283,7 @@ def test_names_that_only_look_like_the_image_half_are_unexpected(directory: Path
         open_checkpoint(directory)
 
 
+@pytest.mark.covers("S07")
 def test_missing_unexpected_and_misshapen_tensors_are_listed_before_anything_is_read(directory: Path) -> None:
     weights = random_weights("gemma3_text")
     removed = [name for name in weights if "layers.1.mlp" in name or "layers.1.self_attn" in name]
@@ -330,6 +334,7 @@ def test_a_tensor_stored_twice_is_refused(directory: Path) -> None:
         open_checkpoint(directory)
 
 
+@pytest.mark.covers("S07")
 def test_integer_weights_are_refused(directory: Path) -> None:
     weights = random_weights("gemma3_text")
     weights["norm.weight"] = torch.zeros(64, dtype=torch.int8)
@@ -355,6 +360,7 @@ def not_safetensors(_: bytes) -> bytes:
     return pickle.dumps({"model.norm.weight": 1})
 
 
+@pytest.mark.covers("S07")
 @pytest.mark.parametrize("damage", [cut, header_of_16_gb, offsets_past_the_end, not_safetensors, lambda _: b""])
 def test_a_malformed_safetensors_file_is_refused(directory: Path, damage: Callable[[bytes], bytes]) -> None:
     file = directory / "model.safetensors"
@@ -373,6 +379,7 @@ class Bomb:
         return Path.touch, (self.trace,)
 
 
+@pytest.mark.covers("S07")
 def test_pickles_are_never_opened(directory: Path) -> None:
     trace = directory.parent / "exploded"
     for name in ("pytorch_model.bin", "model.pt"):
@@ -384,6 +391,7 @@ def test_pickles_are_never_opened(directory: Path) -> None:
     assert not trace.exists()
 
 
+@pytest.mark.covers("S08")
 def test_code_in_the_model_directory_is_never_run(directory: Path) -> None:
     trace = directory.parent / "exploded"
     (directory / "modeling_evil.py").write_text(f"open({str(trace)!r}, 'w')")
@@ -399,6 +407,7 @@ def test_a_directory_without_weights_says_so(directory: Path) -> None:
         open_checkpoint(directory)
 
 
+@pytest.mark.covers("S08")
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from server.engine import memory
 from server.engine.memory import (
     OutOfMemoryError,
     PoolLimits,
     _cgroup_available,
     _meminfo_available,
+    available_bytes,
     size_kv_pools,
 )
 from server.engine.models.config import KVGroupSpec
@@ -42,6 +44,7 @@ def test_pools_keep_to_the_budget_and_hold_one_sequence(budget: int) -> None:
     assert full >= min(sliding, LIMITS.blocks_of_all(SLIDING))
 
 
+@pytest.mark.covers("L09")
 def test_too_little_memory_is_refused_with_what_to_change() -> None:
     least = 60 + LIMITS.blocks_of_one(FULL) * 10 + LIMITS.blocks_of_one(SLIDING) * 50
     assert size_kv_pools([FULL, SLIDING], [10, 50], least, LIMITS)[0] == 100
@@ -65,6 +68,7 @@ def write_cgroup(directory: Path, **files: str) -> None:
         (directory / name.replace("__", ".")).write_text(content)
 
 
+@pytest.mark.covers("L09")
 def test_cgroup_v2_room_is_the_least_of_all_levels_and_counts_page_cache_as_free(tmp_path: Path) -> None:
     root, own = tmp_path / "fs", tmp_path / "self"
     own.write_text("0::/pod/container\n")
@@ -77,6 +81,7 @@ def test_cgroup_v2_room_is_the_least_of_all_levels_and_counts_page_cache_as_free
     assert _cgroup_available(root, own) == 350
 
 
+@pytest.mark.covers("L09")
 def test_cgroup_v1_limits_are_read_and_no_limit_is_none(tmp_path: Path) -> None:
     root, own = tmp_path / "fs", tmp_path / "self"
     own.write_text("12:cpu,cpuacct:/a\n9:memory:/a\n")
@@ -90,3 +95,29 @@ def test_cgroup_v1_limits_are_read_and_no_limit_is_none(tmp_path: Path) -> None:
     own.write_text("0::/../outside\n")
     assert _cgroup_available(root, own) is None
     assert _cgroup_available(root, tmp_path / "absent") is None
+
+
+@pytest.mark.covers("L09")
+def test_where_a_cgroup_is_slowed_down_is_a_limit_as_well(tmp_path: Path) -> None:
+    root, own = tmp_path / "fs", tmp_path / "self"
+    own.write_text("0::/\n")
+    write_cgroup(
+        root,
+        memory__max="1000\n",
+        memory__high="600\n",
+        memory__current="500",
+        memory__stat="inactive_file 0\n",
+    )
+    assert _cgroup_available(root, own) == 100
+    (root / "memory.high").write_text("max\n")
+    assert _cgroup_available(root, own) == 500
+
+
+@pytest.mark.covers("L09")
+@pytest.mark.parametrize(("of_cgroup", "expected"), [(None, 1000), (300, 300), (5000, 1000)])
+def test_the_container_s_limit_counts_where_it_is_less_than_the_machine_s_memory(
+    of_cgroup: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_meminfo_available", lambda path: 1000)
+    monkeypatch.setattr(memory, "_cgroup_available", lambda root, own: of_cgroup)
+    assert available_bytes("cpu") == expected

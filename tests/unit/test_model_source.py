@@ -54,6 +54,7 @@ def test_a_directory_with_one_gguf_file_means_that_file(tmp_path: Path) -> None:
     assert resolve(str(directory)) == ModelFiles(directory / "a.gguf", None, "d")
 
 
+@pytest.mark.covers("S07")
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -310,6 +311,7 @@ def test_a_download_directory_replaces_the_cache(server: Server, tmp_path: Path)
     assert not server.cache.exists()
 
 
+@pytest.mark.covers("S07")
 def test_a_repository_with_pickles_only_is_refused_and_nothing_is_downloaded(
     hub: HubStandIn, server: Server
 ) -> None:

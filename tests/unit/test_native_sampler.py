@@ -119,6 +119,7 @@ def is_right(row: Rows, seq: Sequence, result: SampledToken, suppress: tuple[int
     return False
 
 
+@pytest.mark.covers("E05")
 @every_level
 @in_its_own_time
 @given(batch=batches(), few=st.sampled_from([1, 4, 256]), num_threads=st.integers(1, 3))
@@ -133,6 +134,7 @@ def test_difficult_rows_are_sampled_as_the_definition_has_it(level, batch, few, 
         assert is_right(row, seq, result, suppress)
 
 
+@pytest.mark.covers("E05")
 @in_its_own_time
 @given(batch=batches(max_rows=6), columns=st.sampled_from([0, 3, 64]))
 def test_results_are_bitwise_the_same_alone_with_any_threads_and_at_every_level(batch, columns):

@@ -35,6 +35,7 @@ def test_as_long_as_nothing_is_known_a_step_is_full() -> None:
     assert pacer.max_prefill_tokens() == 512
 
 
+@pytest.mark.covers("K15")
 @pytest.mark.parametrize("stretch", [1.5, 2.5, 6.0])
 def test_steps_with_prompts_take_at_most_the_stretch(stretch: float) -> None:
     pacer = PrefillPacer(stretch, 512)

@@ -12,9 +12,11 @@ import pytest
 from server import runtime as runtime_module
 from server.config import load_config
 from server.engine.types import EngineConfig, EngineInfo
-from server.frontend.client import EngineDeadError
+from server.frontend.client import EngineDeadError, EngineLoss, LossCause
 from server.runtime import Phase, Runtime
 from tests.api.support import FakeEngineClient, make_info
+
+LOSS = EngineLoss(LossCause.ENDED, "signal 9", 2, 1)
 
 
 class StartingClient(FakeEngineClient):
@@ -30,6 +32,8 @@ class StartingClient(FakeEngineClient):
             raise EngineDeadError("signal 9")
         if self.dies == "right after start":
             self.on_death("signal 9")
+        if self.dies == "is lost right after start":
+            self.on_loss(LOSS)
         return make_info()
 
 
@@ -58,6 +62,37 @@ async def test_a_gguf_file_brings_its_own_tokenizer_and_configuration() -> None:
     assert runtime.model is not None
     assert runtime.model.tokenizer.encode_prompt("Paris") == [2, 50429]
     assert 106 in runtime.model.stop_token_ids, "<end_of_turn>"
+
+
+@pytest.mark.covers("E01", "E08")
+async def test_an_engine_that_is_replaced_takes_readiness_away_until_the_next_one_is_ready(
+    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime, ends = await load(tiny_checkpoint, StartingClient())
+    client = runtime.client
+    client.on_silence(True)
+    assert runtime.phase is Phase.UNRESPONSIVE
+    client.on_loss(LOSS)
+    assert (runtime.phase, runtime.stage) == (Phase.RESTARTING, "restarting")
+    assert "signal 9: 2 sequences ended with it, 1 wait for the next engine" in caplog.text
+    client.on_silence(True)  # which nobody is surprised at
+    assert runtime.phase is Phase.RESTARTING
+    client.on_return(make_info(32))
+    assert runtime.phase is Phase.READY
+    assert runtime.model is not None
+    assert runtime.model.info.max_model_len == 32
+    client.on_loss(LOSS)
+    client.on_death("signal 11")
+    assert (runtime.phase, runtime.exit_code, ends) == (Phase.FAILED, 70, [Phase.FAILED])
+    client.on_return(make_info())
+    assert runtime.phase is Phase.FAILED
+
+
+async def test_an_engine_that_is_lost_right_behind_its_answer_is_waited_for(tiny_checkpoint: Path) -> None:
+    runtime, _ = await load(tiny_checkpoint, StartingClient("is lost right after start"))
+    assert runtime.phase is Phase.RESTARTING
+    runtime.client.on_return(make_info())
+    assert runtime.phase is Phase.READY
 
 
 @pytest.mark.parametrize("dies", ["in start", "right after start"])

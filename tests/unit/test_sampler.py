@@ -168,6 +168,7 @@ def test_a_seeded_draw_depends_on_the_seed_and_the_number_of_generated_tokens_on
     assert tokens(logits, [sequence(prompt=(1, 2), generated=(9, 9), seed=12)]) != first
 
 
+@pytest.mark.covers("E05")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_that_is_not_finite_fails_alone(bad, kind):

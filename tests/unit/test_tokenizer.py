@@ -198,6 +198,7 @@ def test_turn_tokens_are_control_even_where_the_file_does_not_say_so() -> None:
     assert not tokenizer.control_token_ids.intersection(tokenizer.encode_text("<start_of_turn><end_of_turn>"))
 
 
+@pytest.mark.covers("S09")
 def test_a_file_that_is_no_tokenizer_is_refused_with_its_name(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
@@ -205,6 +206,7 @@ def test_a_file_that_is_no_tokenizer_is_refused_with_its_name(tmp_path: Path) ->
         Tokenizer.from_file(path)
 
 
+@pytest.mark.covers("S09")
 def test_a_tokenizer_of_another_kind_is_refused() -> None:
     content = json.loads(make_tiny_tokenizer_json())
     other = {
@@ -215,6 +217,7 @@ def test_a_tokenizer_of_another_kind_is_refused() -> None:
         Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(other)))
 
 
+@pytest.mark.covers("S09")
 def test_a_tokenizer_without_bos_is_refused() -> None:
     backend = tokenizers.Tokenizer.from_buffer(make_tiny_tokenizer_json().replace(b"<bos>", b"<b_o_s>"))
     with pytest.raises(TokenizerError, match="no <bos> token"):

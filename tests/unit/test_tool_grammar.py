@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher
 
-from server.frontend.tool_grammar import ToolPlan, arguments_grammar
+from server.frontend.tool_grammar import arguments_grammar
 from server.frontend.tool_parser import ArgumentPiece, CallBegun, CallParser, TextPiece
+from server.frontend.tool_plan import ToolPlan
 from server.tool_format import Tool, ToolCall, call_text
 from tests.grammars import BYTES, accepts
 

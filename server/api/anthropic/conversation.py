@@ -17,7 +17,8 @@ from server.api.tools import DeclaredTool, ToolChoice
 from server.chat_template import ChatMessage, join_text_parts
 from server.errors import InvalidRequestError, shown
 from server.frontend.grammar_check import GrammarChecker
-from server.frontend.tool_grammar import ToolPlan
+from server.frontend.served_model import ServedModel
+from server.frontend.tool_plan import ToolPlan
 from server.tool_format import Tool, ToolCall
 
 _PARAGRAPH = "\n\n"
@@ -47,12 +48,14 @@ def conversation(body: CountTokensRequest) -> list[ChatMessage]:
     return messages
 
 
-async def tool_plan(body: CountTokensRequest, grammars: GrammarChecker) -> tuple[ToolPlan, list[str]]:
+async def tool_plan(
+    body: CountTokensRequest, model: ServedModel, grammars: GrammarChecker
+) -> tuple[ToolPlan, list[str]]:
     """As `plan_tools`."""
     choice = body.tool_choice
     is_parallel = choice is None or not choice.disable_parallel_tool_use
     declared = [_declared(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
-    return await plan_tools(declared, _tool_choice(choice), grammars, is_parallel=is_parallel)
+    return await plan_tools(declared, _tool_choice(choice), model, grammars, is_parallel=is_parallel)
 
 
 def _system(body: CountTokensRequest) -> Iterator[ChatMessage]:

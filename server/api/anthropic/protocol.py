@@ -7,10 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from server.api.field_types import WireModel
-from server.api.protocol import MAX_NAME_CHARS, MESSAGES, MODEL, STREAM, TOP_P, TextPart
-
-MAX_STOP_SEQUENCES = 4
-MAX_STOP_CHARS = 1000
+from server.api.protocol import MESSAGES, MODEL, STREAM, TOP_P, TextPart
+from server.limits import MAX_NAME_CHARS, MAX_STOP_CHARS, MAX_STOP_STRINGS
 
 StopSequence = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TextBlocks = Annotated[list[TextPart], Field(fail_fast=True)]
@@ -81,7 +79,7 @@ class MessagesRequest(CountTokensRequest):
     )
     stop_sequences: Annotated[list[StopSequence], Field(fail_fast=True)] | None = Field(
         None,
-        max_length=MAX_STOP_SEQUENCES,
+        max_length=MAX_STOP_STRINGS,
         description="Texts that end the output; they are not part of it. Default: none.",
     )
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy. Default: 1.")

@@ -16,11 +16,13 @@ from server.api.anthropic.answers import (
 )
 from server.api.anthropic.conversation import conversation, tool_plan
 from server.api.anthropic.protocol import CountTokensRequest, MessagesRequest
+from server.api.body import off_loop
 from server.api.openapi import body_of
 from server.api.prompts import chat_token_ids
 from server.api.protocol import GenerationFields
 from server.api.responses import json_response
 from server.api.serving import answer, read_body, runtime_of, served_model, stream
+from server.api.terms import ENTERING
 from server.api.turns import begin_turn
 
 router = APIRouter()
@@ -28,6 +30,7 @@ router = APIRouter()
 
 @router.post(
     "/v1/messages",
+    dependencies=[ENTERING],
     summary="Continue a conversation, as Anthropic's API does",
     openapi_extra=body_of(MessagesRequest, answer=MessageAnswer, stream=MessageEvent),
 )
@@ -35,8 +38,8 @@ async def create_message(request: Request) -> Response:
     runtime = runtime_of(request)
     body, headers = await read_body(request, MessagesRequest)
     model = served_model(runtime, body.model)
-    messages = conversation(body)
-    tools, loose = await tool_plan(body, runtime.grammars)
+    messages = await off_loop(request, lambda: conversation(body))
+    tools, loose = await tool_plan(body, model, runtime.grammars)
     ignored_fields.add_to_header(headers, loose)
     fields = GenerationFields.model_construct(
         temperature=body.temperature,
@@ -62,6 +65,7 @@ async def count_tokens(request: Request) -> Response:
     body, headers = await read_body(request, CountTokensRequest)
     runtime = runtime_of(request)
     model = served_model(runtime, body.model)
-    tools, _ = await tool_plan(body, runtime.grammars)
-    ids = await chat_token_ids(conversation(body), model, declarations=tools.declarations)
+    tools, _ = await tool_plan(body, model, runtime.grammars)
+    messages = await off_loop(request, lambda: conversation(body))
+    ids = await chat_token_ids(messages, model, tools=tools)
     return json_response(TokenCount(len(ids)), headers=headers)

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from server.api.field_types import WireModel
 from server.api.formats import FORM, FORM_DESCRIPTION, FORM_NAME, FORM_STRICT, JsonSchema
-from server.api.protocol import MAX_MESSAGES, MAX_NAME_CHARS, MODEL, STREAM, TOP_P
+from server.api.protocol import MODEL, STREAM, TOP_P
 from server.api.tools import ToolChoiceField
+from server.limits import MAX_MESSAGES, MAX_NAME_CHARS
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` can ask for here."""

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from server.api import ignored_fields
+from server.api.body import off_loop
 from server.api.openai_responses.answers import ResponseEvent, ResponseObject
 from server.api.openai_responses.conversation import (
     check_stateless,
@@ -22,6 +23,7 @@ from server.api.openapi import body_of
 from server.api.params import DEFAULT_TEMPERATURE, DEFAULT_TOP_P, Logprobs, check_logprobs
 from server.api.protocol import GenerationFields
 from server.api.serving import answer, read_body, runtime_of, served_model, stream
+from server.api.terms import ENTERING
 from server.api.tool_plans import plan_tools
 from server.api.tools import ToolChoice
 from server.api.turns import begin_turn
@@ -34,6 +36,7 @@ _CHAT_FORMAT = "response_format"
 
 @router.post(
     "/v1/responses",
+    dependencies=[ENTERING],
     summary="Continue a conversation, as OpenAI's Responses API does",
     openapi_extra=body_of(ResponsesRequest, answer=ResponseObject, stream=ResponseEvent),
 )
@@ -42,10 +45,11 @@ async def create_response(request: Request) -> Response:
     body, headers = await read_body(request, ResponsesRequest)
     model = served_model(runtime, body.model)
     ignored_fields.add_to_header(headers, check_stateless(body))
-    messages = conversation(body)
+    messages = await off_loop(request, lambda: conversation(body))
     tools, loose = await plan_tools(
         declared_tools(body),
         body.tool_choice,
+        model,
         runtime.grammars,
         is_parallel=body.parallel_tool_calls is not False,
     )

@@ -91,6 +91,9 @@ class GrammarCompiler:
                 answer = pieces.compile(grammar)
             except GrammarError as error:
                 answer = error
+            except Exception as error:  # whatever it is: without the thread every grammar would wait for ever
+                logger.exception("a grammar of %d characters cannot be compiled", len(grammar))
+                answer = GrammarError(f"the compiler failed: {error}")
             seconds = time.monotonic() - started
             if seconds > _SLOW_SECONDS:
                 logger.info("a grammar of %d characters took %.1f s to compile", len(grammar), seconds)

@@ -37,6 +37,11 @@ class BlockPool:
         self._prefixes: list[Prefix | None] = [None] * (num_blocks + 1)
         self._published: dict[BlockHash, int] = {}
 
+    @property
+    def num_published(self) -> int:
+        """Blocks that can be found."""
+        return len(self._published)
+
     def allocate(self, count: int) -> list[int]:
         """Hand out `count` <= `num_free` blocks, least worth keeping first; what they held is forgotten."""
         blocks = []

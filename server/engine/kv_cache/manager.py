@@ -26,6 +26,7 @@ from server.engine.kv_cache.block_pool import NULL_BLOCK, BlockPool, CacheInvari
 from server.engine.kv_cache.hashing import Prefix
 from server.engine.models.config import KVGroupSpec
 from server.engine.sequence import Sequence
+from server.engine.types import PoolSnapshot
 
 
 def sliding_pool_blocks(
@@ -79,14 +80,17 @@ class KVCacheManager:
             for pool, held in zip(self._pools, self._most_held, strict=True)
         )
 
-    def has_room(self, seq: Sequence, num_cached: int, spare: float) -> bool:
-        """Whether all of a sequence that holds nothing fits now, a share `spare` of each pool left free."""
+    def has_room(self, seq: Sequence, num_cached: int, growing: Iterable[Sequence], spare: float) -> bool:
+        """Whether all of a sequence that holds nothing fits now, a share `spare` of each pool left free.
+
+        growing: those in the middle of their prompts, whose missing blocks are free but spoken for.
+        """
         num_cached_blocks = num_cached // self.block_size
         for group, pool in enumerate(self._pools):
             shared = self._cached_blocks(seq, group, num_cached_blocks)[1]
-            most = min(_ceil_div(seq.num_tokens, self.block_size), self._most_held[group])
-            needed = max(0, most - len(shared)) + pool.count_free(shared)
-            if needed + int(spare * pool.num_blocks) > pool.num_free:
+            needed = max(0, self._most_needed(seq, group) - len(shared)) + pool.count_free(shared)
+            spoken_for = sum(self._num_missing(other, group) for other in growing)
+            if needed + spoken_for + int(spare * pool.num_blocks) > pool.num_free:
                 return False
         return True
 
@@ -94,6 +98,18 @@ class KVCacheManager:
         """Share of each pool's blocks that live sequences hold, by group name."""
         pools = zip(self._names, self._pools, strict=True)
         return {name: 1.0 - pool.num_free / pool.num_blocks for name, pool in pools}
+
+    def snapshot(self) -> dict[str, PoolSnapshot]:
+        """How many blocks of each pool are in which state, by group name."""
+        return {
+            name: PoolSnapshot(
+                num_blocks=pool.num_blocks,
+                num_held=pool.num_blocks - pool.num_free,
+                num_free=pool.num_free,
+                num_published=pool.num_published,
+            )
+            for name, pool in zip(self._names, self._pools, strict=True)
+        }
 
     # --- a sequence's life --------------------------------------------------------------------------------
 
@@ -193,6 +209,15 @@ class KVCacheManager:
         if window is None:
             return sys.maxsize
         return _ceil_div(window - 1 + max_chunk - 1, self.block_size) + 1
+
+    def _most_needed(self, seq: Sequence, group: int) -> int:
+        """Blocks that the known tokens of a sequence take at a time at most."""
+        return min(_ceil_div(seq.num_tokens, self.block_size), self._most_held[group])
+
+    def _num_missing(self, seq: Sequence, group: int) -> int:
+        """Those of them that a sequence in the middle of its prompt does not hold yet."""
+        num_held = len(seq.block_tables[group]) - self._first_visible(self._windows[group], seq.num_computed)
+        return max(0, self._most_needed(seq, group) - num_held)
 
     def _chain(self, seq: Sequence) -> _Chain:
         chain = self._chains.get(seq)

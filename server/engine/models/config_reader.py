@@ -10,6 +10,8 @@ src/models/gemma*.cpp for what a GGUF file leaves unsaid.
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -96,9 +98,20 @@ _GEMMA_3 = _Family(
         "final_logit_softcapping": None,
     },
 )
+_MOST = {
+    "vocab_size": 1 << 21,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 10,
+    "num_key_value_heads": 1 << 10,
+    "head_dim": 1 << 13,
+    "max_position_embeddings": 1 << 24,
+}
+"""Several times what the largest Gemma has. More is a mistake or a trap, and is refused before memory is taken
+in proportion."""
 _HF_FAMILIES = {family.model_type: family for family in (_GEMMA_1, _GEMMA_2, _GEMMA_3)}
 _GGUF_MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
-_GGUF_ROPE_TYPES = {"none": "default"}
 
 
 def read_hf(config: Mapping[str, Any]) -> GemmaConfig:
@@ -165,23 +178,28 @@ def read_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
             raise ConfigError(f"GGUF metadata: {key} is missing")
         return metadata[key]
 
-    head_dim = need(f"{architecture}.attention.key_length")
+    def need_integer(key: str) -> int:
+        return _positive_integer(key, need(key))
+
+    head_dim = need_integer(f"{architecture}.attention.key_length")
     value_length = metadata.get(f"{architecture}.attention.value_length", head_dim)
     if value_length != head_dim:
         raise _refusal(
             f"{architecture}.attention.value_length", value_length, f"must equal key_length = {head_dim}"
         )
-    num_heads, hidden_size = (
-        need(f"{architecture}.attention.head_count"),
-        need(f"{architecture}.embedding_length"),
-    )
-    num_layers = need(f"{architecture}.block_count")
+    num_heads = need_integer(f"{architecture}.attention.head_count")
+    hidden_size = need_integer(f"{architecture}.embedding_length")
+    num_layers = need_integer(f"{architecture}.block_count")
     is_27b = _LAYERS_OF_27B.get(model_type) == num_layers
     eos_keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    eos_token_ids = [metadata[key] for key in eos_keys if metadata.get(key) is not None]
+    pieces = metadata.get("tokenizer.ggml.tokens")
+    vocab_size = metadata.get(f"{architecture}.vocab_size") or (
+        len(pieces) if isinstance(pieces, list) else None
+    )
+    scaling_type = metadata.get(f"{architecture}.rope.scaling.type", "none")
     config = {
         "model_type": model_type,
-        "vocab_size": metadata.get(f"{architecture}.vocab_size") or len(need("tokenizer.ggml.tokens")),
+        "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": need(f"{architecture}.feed_forward_length"),
         "num_hidden_layers": num_layers,
@@ -190,12 +208,10 @@ def read_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
         "head_dim": head_dim,
         "max_position_embeddings": need(f"{architecture}.context_length"),
         "rms_norm_eps": need(f"{architecture}.attention.layer_norm_rms_epsilon"),
-        "eos_token_id": list(dict.fromkeys(eos_token_ids)),
+        "eos_token_id": [metadata[key] for key in eos_keys if metadata.get(key) is not None],
         "query_pre_attn_scalar": hidden_size // num_heads if is_27b else head_dim,
         "rope_scaling": {
-            "rope_type": _GGUF_ROPE_TYPES.get(
-                scaling_type := metadata.get(f"{architecture}.rope.scaling.type", "none"), scaling_type
-            ),
+            "rope_type": "default" if scaling_type == "none" else scaling_type,
             "factor": metadata.get(f"{architecture}.rope.scaling.factor", 1.0),
         },
     }
@@ -227,9 +243,9 @@ class _Keys:
         return self._values[key] if key in self._values else self._defaults.get(key)
 
     def integer(self, key: str) -> int:
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise _refusal(key, value, "must be an integer of at least 1")
+        value = _positive_integer(key, self.get(key))
+        if value > _MOST.get(key, value):
+            raise _refusal(key, value, f"must be at most {_MOST[key]}")
         return value
 
     def number(self, key: str) -> float:
@@ -243,17 +259,38 @@ class _Keys:
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(isinstance(token_id, bool) or not isinstance(token_id, int) for token_id in ids):
             raise _refusal(key, value, "must be an integer or a list of integers")
-        return tuple(ids)
+        return tuple(dict.fromkeys(ids))
+
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = _shown.maxlong = 80
 
 
 def _refusal(key: str, value: object, reason: str) -> ConfigError:
-    return ConfigError(f"model configuration: {key} = {value!r}: {reason}")
+    return ConfigError(f"model configuration: {key} = {_shown.repr(value)}: {reason}")
+
+
+def _positive_integer(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _refusal(key, value, "must be an integer of at least 1")
+    return value
 
 
 def _positive_number(key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise _refusal(key, value, "must be a number above 0")
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not 0 < number < math.inf:
+        raise _refusal(key, value, "must be a finite number above 0")
+    return number
+
+
+def _object(key: str, value: object) -> Mapping[str, Any]:
+    """A part of the configuration; one that is absent or null is empty."""
+    if value is not None and not isinstance(value, Mapping):
+        raise _refusal(key, value, "must be an object")
+    return value or {}
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -300,8 +337,8 @@ def _full_layers(keys: _Keys, family: _Family) -> list[bool]:
         return [(index + 1) % full_every == 0 for index in range(num_layers)]
     if not isinstance(layer_types, list) or len(layer_types) != num_layers:
         raise _refusal("layer_types", layer_types, f"must list num_hidden_layers = {num_layers} types")
-    if unknown := set(layer_types) - {"full_attention", "sliding_attention"}:
-        raise _refusal("layer_types", sorted(unknown), "supported are full_attention and sliding_attention")
+    if unknown := [kind for kind in layer_types if kind not in ("full_attention", "sliding_attention")]:
+        raise _refusal("layer_types", unknown, "supported are full_attention and sliding_attention")
     return [layer_type == "full_attention" for layer_type in layer_types]
 
 
@@ -311,11 +348,8 @@ _Rope = tuple[float, float]
 
 def _ropes(config: Mapping[str, Any], family: _Family) -> tuple[_Rope, _Rope]:
     """The rotary embedding of the full and of the sliding layers."""
-    parameters = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-        if not isinstance(value, Mapping):
-            raise _refusal(key, value, "must be an object")
+    parameters = _object("rope_parameters", config.get("rope_parameters"))
+    scaling = _object("rope_scaling", config.get("rope_scaling"))
     theta = config.get("rope_theta", family.rope_theta)
     if family is not _GEMMA_3:
         rope = _rope({"rope_theta": theta, **scaling, **parameters})
@@ -326,9 +360,13 @@ def _ropes(config: Mapping[str, Any], family: _Family) -> tuple[_Rope, _Rope]:
         )
     theta_sliding = config.get("rope_local_base_freq", _SLIDING_ROPE_THETA)
     return (
-        _rope({"rope_theta": theta, **scaling, **(parameters.get("full_attention") or {})}),
-        _rope({"rope_theta": theta_sliding, **(parameters.get("sliding_attention") or {})}),
+        _rope({"rope_theta": theta, **scaling, **_of_kind(parameters, "full_attention")}),
+        _rope({"rope_theta": theta_sliding, **_of_kind(parameters, "sliding_attention")}),
     )
+
+
+def _of_kind(parameters: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    return _object(f"rope_parameters.{kind}", parameters.get(kind))
 
 
 def _rope(parameters: Mapping[str, Any]) -> _Rope:

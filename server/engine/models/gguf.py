@@ -2,7 +2,8 @@
 
 Laws:
 1. Nothing that the file says is believed before it was compared with the size of the file: every count, length,
-   dimension and offset is checked before memory is allocated for it, or anything is read at it.
+   dimension and offset is checked before memory is allocated for it, or anything is read at it. What a header
+   takes in memory is bounded, however large the file.
 2. After `GGUFFile.open` each tensor lies wholly inside the file, aligned, and overlaps no other.
 3. The file is data: nothing in it is executed, and every fault in it is a `GGUFError` with names and numbers.
 
@@ -30,6 +31,8 @@ MAX_DIMENSIONS = 4
 """GGML_MAX_DIMS in ggml.h."""
 MAX_NAME_BYTES = 65535
 """The longest key that the specification allows; applied to tensor names as well."""
+MAX_HEADER_BYTES = 32 << 20
+"""Metadata and table of tensors; Gemma 3's, with its vocabulary, take 7 MB."""
 DEFAULT_ALIGNMENT = 32
 
 _MAGIC = b"GGUF"
@@ -193,6 +196,9 @@ class _HeaderReader:
         self._with_pieces = with_pieces
         self._data = data
         self._size = len(data)
+        self._end = min(self._size, MAX_HEADER_BYTES)
+        """Of what may be read as header."""
+        self._whole = "the file" if self._end == self._size else f"the limit of {self._end} bytes for a header"
         self._position = 0
         self._file_name = file_name
 
@@ -250,18 +256,18 @@ class _HeaderReader:
 
         The vocabulary has 262,144 of them, so this loop is written for speed.
         """
-        data, size, position = self._data, self._size, self._position
+        data, end, position = self._data, self._end, self._position
         unpack: Callable[[mmap.mmap, int], tuple[int]] = _U64.unpack_from
         result: list[str] = []
         for index in range(count):
             start = position + 8
-            if start > size:
-                self._fail(f"the file ends inside string {index} of metadata key {key}")
+            if start > end:
+                self._fail(f"{self._whole} ends inside string {index} of metadata key {key}")
             position = start + unpack(data, position)[0]
-            if position > size:
+            if position > end:
                 self._fail(
                     f"string {index} of metadata key {key} is {position - start} bytes long, but only "
-                    f"{size - start} bytes of the file are left"
+                    f"{end - start} bytes of {self._whole} are left"
                 )
             if not keep:
                 result.append("")
@@ -338,9 +344,9 @@ class _HeaderReader:
     def _count(self, what: str, min_item_bytes: int) -> int:
         """A number of items, each of at least `min_item_bytes`, which must still fit in the file."""
         count = self._u64()
-        left = self._size - self._position
+        left = self._end - self._position
         if count * min_item_bytes > left:
-            self._fail(f"{what} is {count}, but only {left} bytes of the file are left")
+            self._fail(f"{what} is {count}, but only {left} bytes of {self._whole} are left")
         return count
 
     def _u32(self) -> int:
@@ -356,10 +362,11 @@ class _HeaderReader:
         return value
 
     def _require(self, num_bytes: int, what: str) -> None:
-        left = self._size - self._position
+        left = self._end - self._position
         if num_bytes > left:
             self._fail(
-                f"the file ends inside {what}: {num_bytes} bytes needed at byte {self._position}, {left} left"
+                f"{self._whole} ends inside {what}: {num_bytes} bytes needed at byte {self._position}, "
+                f"{left} left"
             )
 
     def _fail(self, message: str) -> NoReturn:

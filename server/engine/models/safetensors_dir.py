@@ -3,7 +3,7 @@
 Laws:
 1. Only JSON and safetensors are read. Pickles (*.bin, *.pt) and code (*.py, `auto_map` in config.json) never.
 2. Which files are read is decided by plain names within the directory. The files themselves may be symbolic
-   links, as they are in the Hugging Face cache.
+   links, as they are in the Hugging Face cache, but to regular files: devices and pipes have no end.
 3. The `safetensors` library checks each header against its file before a tensor is read.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,7 +185,9 @@ def _check_head_is_embedding(head: StoredTensor, embedding: StoredTensor) -> Non
 
 
 def _open(file: Path) -> Any:
-    # An absent file gives FileNotFoundError, a malformed one SafetensorError.
+    if not file.is_file():
+        raise LoadError(f"{file.name} is not a regular file")
+    # A malformed file gives SafetensorError.
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -195,9 +198,11 @@ def _open(file: Path) -> Any:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        size = file.stat().st_size
-        if size > _MAX_JSON_BYTES:
-            raise LoadError(f"{file.name} has {size} bytes; {_MAX_JSON_BYTES} is the limit")
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise LoadError(f"{file.name} is not a regular file")
+        if found.st_size > _MAX_JSON_BYTES:
+            raise LoadError(f"{file.name} has {found.st_size} bytes; {_MAX_JSON_BYTES} is the limit")
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise LoadError(f"{file.parent.name} has no {file.name}") from None

@@ -21,6 +21,8 @@ from server.engine.sequence import Sequence
 from server.grammar_library import GrammarError
 
 _ALL = 0xFFFFFFFF
+_GRAMMAR_FAULT = "its grammar's matcher cannot go on"
+"""For the log, which the library's own words are kept out of: they may quote the grammar or the text."""
 
 
 class TokenConstraints:
@@ -86,8 +88,8 @@ class _Constraint:
         if self._grammar is not None and self._fault is None:
             try:
                 rows = rows[: self._grammar.fill_masks(draft, rows)]
-            except GrammarError as error:
-                self._fault = str(error)
+            except GrammarError:
+                self._fault = _GRAMMAR_FAULT
         if self._allowed is not None:
             table &= self._allowed
         if self._bad_words:
@@ -107,9 +109,9 @@ class _Constraint:
                 break
             try:
                 completes = self._grammar.move_over(token.token_id)
-            except GrammarError as error:
-                sampled[index] = SampledToken(-1, error=str(error))
-                self._fault = str(error)
+            except GrammarError:
+                self._fault = _GRAMMAR_FAULT
+                sampled[index] = SampledToken(-1, error=_GRAMMAR_FAULT)
                 break
             if completes:
                 sampled[index] = replace(token, completes=True)
