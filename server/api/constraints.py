@@ -181,10 +181,11 @@ def _of_schema(schema: object, param: str) -> Question:
 
 
 async def _bad_words(words: list[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Each word as it is spelt at the start of a text, and behind a space."""
+    """Each word as it is spelt at the start of a text, and behind a space; spaces alone as they are."""
 
     def encode() -> tuple[tuple[int, ...], ...]:
-        spelt = (prefix + word.lstrip(" ") for word in words for prefix in ("", " "))
+        bare = ((word, word.lstrip(" ")) for word in words)
+        spelt = (text for word, rest in bare for text in ((rest, f" {rest}") if rest else (word,)))
         return tuple(dict.fromkeys(tuple(tokenizer.encode_text(text)) for text in spelt))
 
     try:

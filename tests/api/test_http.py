@@ -201,6 +201,7 @@ def test_the_document_describes_the_bodies(server: LiveServer) -> None:
 # --- request ids and logs ----------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("H08")
 @pytest.mark.parametrize("request_id", ["abc-1", "A" * 128, "trace/1:2=3+4@x._"])
 def test_a_plain_request_id_is_echoed_but_never_the_engine_s(server: LiveServer, request_id: str) -> None:
     for _ in range(2):
@@ -213,6 +214,7 @@ def test_a_plain_request_id_is_echoed_but_never_the_engine_s(server: LiveServer,
     assert len({first, second, request_id}) == 3
 
 
+@pytest.mark.covers("H08")
 @pytest.mark.parametrize("request_id", ["A" * 129, "a b", "a;b", '"', ""])
 def test_another_request_id_is_replaced(server: LiveServer, request_id: str) -> None:
     response = server.http.get("/version", headers={"x-request-id": request_id})

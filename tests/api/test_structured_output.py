@@ -298,6 +298,12 @@ def test_bad_words_are_spelt_with_and_without_a_space_and_allowed_ids_go_as_they
     assert request.params.allowed_token_ids == (9, 7)
 
 
+def test_a_bad_word_of_spaces_is_what_it_is_and_never_nothing(server: LiveServer) -> None:
+    assert server.chat("ab", max_tokens=2, bad_words=[" ", "   "]).status_code == 200
+    (request,) = server.engine.submitted
+    assert request.params.bad_words == tuple(tuple(TOKENIZER.encode_text(text)) for text in (" ", "   "))
+
+
 def test_a_stream_with_a_form_is_the_whole_answer(server: LiveServer) -> None:
     fields: dict[str, Any] = {"max_tokens": 9, "response_format": {"type": "json_object"}, "seed": 1}
     whole = server.chat("ab", **fields).json()["choices"][0]["message"]["content"]
