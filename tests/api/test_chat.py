@@ -192,6 +192,7 @@ def test_control_tokens_typed_in_a_message_are_text(server: LiveServer) -> None:
     assert EOS not in server.engine.submitted[0].prompt_token_ids
 
 
+@pytest.mark.covers("H10")
 def test_a_stream_says_what_the_whole_answer_says(server: LiveServer) -> None:
     whole = server.chat(n=2).json()
     stream = chunks(server.chat(n=2, stream=True))
@@ -208,6 +209,7 @@ def test_a_stream_says_what_the_whole_answer_says(server: LiveServer) -> None:
     assert all("usage" not in chunk for chunk in stream)
 
 
+@pytest.mark.covers("H10")
 def test_a_stream_ends_with_usage_where_asked_for(server: LiveServer) -> None:
     whole = server.chat().json()
     stream = chunks(server.chat(stream=True, stream_options={"include_usage": True}))
@@ -266,6 +268,7 @@ def test_a_failing_sequence_is_a_500_and_says_nothing_of_the_inside(server: Live
     assert_error(server.chat(n=3), 500, code="generation_failed")
 
 
+@pytest.mark.covers("H10", "H11")
 def test_a_failing_sequence_ends_a_stream_with_an_error_event(server: LiveServer) -> None:
     server.script.error_after = 2
     stream = chunks(server.chat(stream=True))

@@ -152,6 +152,7 @@ def test_a_prompt_can_be_scored_without_output(server: LiveServer, stream: bool)
     assert server.engine.submitted[0].params.max_tokens == 1
 
 
+@pytest.mark.covers("H10")
 def test_a_stream_says_what_the_whole_answer_says(server: LiveServer) -> None:
     fields: dict[str, Any] = {"n": 2, "echo": True, "logprobs": 1}
     whole = server.complete(["a", "b"], **fields).json()

@@ -91,8 +91,9 @@ def test_at_the_deadline_streams_end_with_an_error_and_the_server_with_zero(long
         assert not engine.is_running()
 
 
+@pytest.mark.slow
 @pytest.mark.covers("L03")
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_the_server_at_once(long_context: Path, number: signal.Signals) -> None:
     with running_server(long_context, *OPTIONS) as server:
         engine = server.engine
