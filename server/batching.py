@@ -374,15 +374,13 @@ class Scheduler:
 
     def _end(self, seq: Sequence, error: str) -> SequenceOutput:
         self._retire(seq)
-        params = seq.params
-        constrained = bool(params.grammar or params.allowed_token_ids or params.bad_words)
         return SequenceOutput(
             request_id=seq.request_id,
             finish_reason=FinishReason.ERROR,
             num_cached_tokens=seq.num_cached_tokens,
             scheduled_at=seq.scheduled_at,
             error=error,
-            is_contradictory=constrained and error == NOTHING_LEFT,
+            is_contradictory=seq.params.is_constrained and error == NOTHING_LEFT,
         )
 
     def _retire(self, seq: Sequence) -> None:

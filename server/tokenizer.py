@@ -103,6 +103,11 @@ class Tokenizer:
         _check_effort(backend)
         backend.no_truncation()
         backend.no_padding()
+        if not isinstance(backend.model, tokenizers.models.BPE):
+            raise TokenizerError(f"the tokenizer's model is {type(backend.model).__name__}; Gemma's is BPE")
+        # The library's cache is for words, but Gemma's are not cut into words: it would keep the first 10,000
+        # short texts of clients, some 50 MB, for the few that come again.
+        backend.model._resize_cache(0)
         # Some files leave them unflagged, or do not list them among the added tokens at all.
         present = [piece for piece in _ALWAYS_CONTROL if backend.token_to_id(piece) is not None]
         has_functions = all(backend.token_to_id(piece) is not None for piece in FUNCTION_TOKENS)

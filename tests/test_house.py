@@ -151,24 +151,6 @@ def test_files_are_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES
 
 
-@pytest.mark.covers("E13")
-def test_nothing_waits_by_a_clock_that_can_be_set() -> None:
-    """Wall-clock time is for what clients are told, and for batches and files, which outlive the process."""
-    tells = {
-        "server.runtime",
-        "server.api.responses",
-        "server.api.openai_responses.routes",
-        "server.api.batches",
-        "server.api.terms",
-    }
-    guilty = {
-        _module_name(path)
-        for path in SOURCES
-        if re.search(r"\btime\.time\(|\bdatetime\b", path.read_text(encoding="utf-8"))
-    }
-    assert {module for module in guilty if not module.startswith("server.batches.")} <= tells
-
-
 def test_the_options_page_is_up_to_date() -> None:
     assert OPTIONS_PAGE.read_text(encoding="utf-8") == options_page(), "run `make docs`"
 

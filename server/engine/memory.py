@@ -122,15 +122,16 @@ def _cgroup_available(root: Path, own: Path) -> int | None:
     except OSError:
         return None
     room: list[int | None] = []
-    limit_files: tuple[str, ...]
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
+            base, usage_file = root, "memory.current"
             # Above memory.high nobody is killed, but all are slowed down until they hardly move.
-            base, limit_files, usage_file = root, ("memory.max", "memory.high"), "memory.current"
+            limit_files = ["memory.max", "memory.high"]
             inactive_key = "inactive_file"
         elif "memory" in controllers.split(","):
-            base, limit_files, usage_file = root / "memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes"
+            base, usage_file = root / "memory", "memory.usage_in_bytes"
+            limit_files = ["memory.limit_in_bytes"]
             inactive_key = "total_inactive_file"
         else:
             continue

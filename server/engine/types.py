@@ -73,6 +73,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     """As `logprobs`, for each prompt token but the first."""
 
+    @property
+    def is_constrained(self) -> bool:
+        """Whether tokens are ruled out, so that none may be left."""
+        return bool(self.grammar or self.allowed_token_ids or self.bad_words)
+
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate: what `Submit` carries."""

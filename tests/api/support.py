@@ -95,9 +95,6 @@ class FakeEngineClient:
         self.aborted: list[str] = []
         self.is_stopped = False
         self._abandoned = asyncio.Event()
-
-    def abandon(self) -> None:
-        self._abandoned.set()
         self.pid = os.getpid()
         self.snapshot = Snapshot(
             number=0,
@@ -109,6 +106,9 @@ class FakeEngineClient:
             last_step_ago=None,
             step_seconds=[],
         )
+
+    def abandon(self) -> None:
+        self._abandoned.set()
 
     async def start(self, config: EngineConfig) -> EngineInfo:
         raise NotImplementedError

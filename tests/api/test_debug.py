@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +39,23 @@ SNAPSHOT = Snapshot(
     last_step_ago=0.1,
     step_seconds=[0.01, 0.02],
 )
+
+
+KEY = "an-admin's"
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    path.write_text(json.dumps([{"name": "admin", "keys": [KEY], "admin": True}]))
+    return path
+
+
+@pytest.fixture
+def server(key_file: Path) -> Iterator[LiveServer]:
+    with live_server(api_key_file=key_file) as live:
+        live.http.headers["authorization"] = f"Bearer {KEY}"
+        yield live
 
 
 def state(server: LiveServer, status: int = 200) -> dict[str, Any]:
@@ -110,8 +130,9 @@ def test_a_dead_engine_is_told_of(server: LiveServer) -> None:
     assert state(server, 503)["error"]["code"] == "engine_unavailable"
 
 
-def test_it_answers_while_the_model_loads_and_after_the_engine_failed() -> None:
-    with live_server(loaded=False) as server:
+def test_it_answers_while_the_model_loads_and_after_the_engine_failed(key_file: Path) -> None:
+    with live_server(loaded=False, api_key_file=key_file) as server:
+        server.http.headers["authorization"] = f"Bearer {KEY}"
         server.runtime.stage = "weights"
         answer = state(server, 503)
         assert (answer["front"]["phase"], answer["front"]["stage"]) == ("starting", "weights")

@@ -226,6 +226,7 @@ def test_errors_and_streams_carry_a_request_id(server: LiveServer) -> None:
         assert response.headers["x-request-id"]
 
 
+@pytest.mark.covers("S14", "S24")
 def test_the_access_log_has_no_prompt_no_query_and_one_line(
     server: LiveServer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from fastapi.routing import APIRoute
 
@@ -266,6 +268,14 @@ def test_requests_side_by_side_keep_their_ids_apart(server: LiveServer, log: Log
         for entry in entries:
             assert entry["message"].count(entry["request_id"]) == 1
         assert {entry["request_id"] for entry in entries} == {f"r{number}" for number in range(10)}
+
+
+@pytest.mark.covers("S14")
+def test_what_the_grammar_library_prints_when_it_panics_goes_nowhere(server: LiveServer) -> None:
+    assert server.complete("a", structured_outputs={"regex": "a+"}).status_code == 200
+    children = psutil.Process().children()
+    workers = [child for child in children if "server.frontend.grammar_worker" in child.cmdline()]
+    assert {os.readlink(f"/proc/{worker.pid}/fd/2") for worker in workers} == {os.devnull}
 
 
 def test_a_death_of_the_engine_is_told_to_the_log_alone(server: LiveServer, log: Log) -> None:

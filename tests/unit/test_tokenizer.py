@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tokenizers
 
@@ -215,6 +216,28 @@ def test_a_tokenizer_of_another_kind_is_refused() -> None:
     }
     with pytest.raises(TokenizerError, match="ByteLevel"):
         Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(other)))
+
+
+@pytest.mark.covers("K05")
+def test_no_text_is_kept(tiny_tokenizer: Tokenizer) -> None:
+    chance, process = random.Random(1), psutil.Process()
+
+    def encode_some(count: int) -> None:
+        for _ in range(count):
+            tiny_tokenizer.encode_text("".join(chance.choices("abcdefghij ", k=200)))
+
+    encode_some(200)
+    before = process.memory_info().rss
+    encode_some(1000)
+    assert process.memory_info().rss - before < 2 << 20, "9 KB for each, if they were kept"
+
+
+@pytest.mark.covers("S09")
+def test_a_tokenizer_that_is_not_bpe_is_refused() -> None:
+    content = json.loads(make_tiny_tokenizer_json())
+    content["model"] = {"type": "WordLevel", "vocab": content["model"]["vocab"], "unk_token": "<unk>"}
+    with pytest.raises(TokenizerError, match="model is WordLevel; Gemma's is BPE"):
+        Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))
 
 
 @pytest.mark.covers("S09")
