@@ -113,7 +113,10 @@ def load_tests() -> list[MarkedTest]:
 
 
 def marked_tests(path: Path) -> Iterator[MarkedTest]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    source = path.read_text(encoding="utf-8")
+    if "covers(" not in source:
+        return
+    tree = ast.parse(source)
     module_marks = [
         mark
         for node in tree.body
@@ -193,8 +196,9 @@ def _marks(nodes: Any) -> Iterator[tuple[str, ast.expr]]:
     """The names of pytest's marks among `nodes`, and where they stand."""
     for node in nodes:
         target = node.func if isinstance(node, ast.Call) else node
-        if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "pytest.mark":
-            yield target.attr, node
+        match target:
+            case ast.Attribute(ast.Attribute(ast.Name("pytest"), "mark"), name):
+                yield name, node
 
 
 def _case_id(argument: ast.expr, where: str) -> str:

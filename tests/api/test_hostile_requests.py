@@ -147,7 +147,7 @@ def test_a_client_that_asks_before_it_sends_is_told_to_go_on(server: LiveServer)
     body = b'{"prompt": "ab"}'
     with server.connect() as sock:
         sock.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
         )
         assert sock.recv(1024).startswith(b"HTTP/1.1 100")
@@ -169,7 +169,7 @@ def test_no_route_takes_a_form_for_json(whole_server: LiveServer) -> None:
 def test_an_unheard_of_method_does_nothing(server: LiveServer, method: str) -> None:
     for target in ("/v1/chat/completions", "/v1/models", "*"):
         with server.connect() as sock:
-            sock.sendall(f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            sock.sendall(f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             status = sock.recv(4096).split(b" ")[1]
         assert status in (b"400", b"404", b"405")
     assert server.engine.submitted == []
@@ -256,7 +256,9 @@ def test_no_name_in_a_path_reaches_a_file(whole_server: LiveServer, name: str) -
     ):
         for method in ("GET", "DELETE"):
             with whole_server.connect() as sock:
-                sock.sendall(f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+                sock.sendall(
+                    f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+                )
                 answer = b"".join(iter(lambda: sock.recv(65536), b""))
             assert answer.split(b" ")[1] in (b"404", b"405"), answer
             assert b"SECRET" not in answer

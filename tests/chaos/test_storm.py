@@ -36,7 +36,7 @@ WRONG: list[tuple[str, Any]] = [
 JUNK = [
     b"\x16\x03\x01\x02",
     b"GET / HTTP/0.9\r\n\r\n",
-    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n",
     b"\0" * 5000,
 ]
 
@@ -93,8 +93,8 @@ class Client:
 
     def leave(self) -> None:
         payload = json.dumps({**self.body(), "max_tokens": 400, "ignore_eos": True, "stream": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(payload)}\r\n\r\n".encode()
-        whole = head + payload
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(payload)}\r\n\r\n"
+        whole = head.encode() + payload
         with socket.create_connection(self.address) as sock:
             if self.random.random() < 0.5:
                 sock.sendall(whole[: self.random.randint(1, len(whole))])

@@ -61,7 +61,7 @@ def test_a_body_without_end_takes_no_memory(alive: ServerProcess) -> None:
     with socket.create_connection((host, int(port))) as sock:
         sock.settimeout(5)
         sock.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n"
         )
         chunk = b"100000\r\n" + b" " * MB + b"\r\n"
