@@ -123,14 +123,14 @@ def test_a_prompt_that_the_running_leave_no_room_for_is_not_admitted_by_its_firs
 
 def test_a_prompt_waits_for_the_room_that_those_before_it_have_yet_to_fill() -> None:
     for windows in [(None,), (None, 6)]:
-        engine = make_engine(windows, [40] * len(windows), max_num_batched_tokens=8, long_prefill_threshold=8)
-        for number, length in enumerate((80, 70, 90)):
+        engine = make_engine(windows, [40] * len(windows), max_num_batched_tokens=8, long_prefill_threshold=4)
+        for number, length in enumerate((100, 90, 110)):
             engine.add(make_request(str(number), [number] * length, max_tokens=9))
         num_computed = 0
         while engine.scheduler.has_work():
             num_computed += engine.step().num_tokens
         assert engine.num_preemptions == 0
-        assert num_computed == 80 + 70 + 90 + 3 * 8, "each token once"
+        assert num_computed == 100 + 90 + 110 + 3 * 8, "each token once"
 
 
 def test_prompts_that_fit_side_by_side_are_computed_side_by_side() -> None:
