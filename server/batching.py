@@ -155,12 +155,13 @@ class Scheduler:
         return self._sequences.values()
 
     @property
-    def num_running(self) -> int:
-        return len(self._running)
+    def running(self) -> Collection[Sequence]:
+        return self._running
 
     @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+    def waiting(self) -> Collection[Sequence]:
+        """In the order in which they will be admitted."""
+        return self._waiting
 
     def kv_usage(self) -> dict[str, float]:
         """Share of each KV pool that live sequences hold, by name."""

@@ -56,6 +56,7 @@ class HttpServer(uvicorn.Server):
                 # On h11, which bounds the headers, and takes the body of a request that offers to upgrade, as
                 # Java's client does; httptools does neither.
                 http=cast(Any, self.connections),
+                ws="none",  # with a websocket package installed it would log paths with their queries
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=1,  # of clients that take their time to read a complete answer

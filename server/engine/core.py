@@ -139,8 +139,8 @@ class EngineCore:
         )
         counts = self._scheduler.take_counts()
         return StepStats(
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting + len(self._compiling),
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting) + len(self._compiling),
             kv_usage=self._scheduler.kv_usage(),
             num_preemptions=counts.num_preemptions,
             prefix_cache_queries=counts.prefix_cache_queries,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice
 
 from server.batching import Scheduler
-from server.engine.sequence import Sequence, SequenceStatus
+from server.engine.sequence import Sequence
 from server.engine.types import SequenceSnapshot, Snapshot
 
 _STEPS_KEPT = 16
@@ -36,21 +37,15 @@ def snapshot_of(
     now: float,
 ) -> Snapshot:
     """`compiling`: sequences whose grammar is not there yet. `now`: seconds of the engine's clock."""
-    live = scheduler.sequences
-    running = [seq for seq in live if seq.status is SequenceStatus.RUNNING]
-    # They came in order of arrival, and the sort leaves equals as they are.
-    waiting = sorted(
-        (seq for seq in live if seq.status is SequenceStatus.WAITING), key=lambda seq: seq.request.priority
-    )
-    described = [_describe(seq, "waiting", now) for seq in waiting[:max_waiting]]
+    described = [_describe(seq, "waiting", now) for seq in islice(scheduler.waiting, max_waiting)]
     compiling = list(compiling)
     room = max_waiting - len(described)
     described += [_describe(seq, "compiling", now) for seq in compiling[:room]]
     return Snapshot(
         number=number,
-        running=[_describe(seq, "running", now) for seq in running],
+        running=[_describe(seq, "running", now) for seq in scheduler.running],
         waiting=described,
-        num_waiting=len(waiting) + len(compiling),
+        num_waiting=len(scheduler.waiting) + len(compiling),
         pools=scheduler.kv_pools(),
         num_steps=steps.count,
         last_step_ago=None if steps.ended_at is None else now - steps.ended_at,

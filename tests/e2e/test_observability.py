@@ -68,6 +68,7 @@ class Piped:
 def piped(tiny_checkpoint: Path) -> Iterator[Piped]:
     server = Piped(tiny_checkpoint)
     yield server
+    server.http.close()
     server.process.kill()
     server.process.wait()
 

@@ -200,7 +200,7 @@ class Engine:
         self.kv.check(self.scheduler.sequences)
         planned = [scheduled.seq for scheduled in batch.sequences]
         assert batch.num_tokens <= self.config.max_num_batched_tokens
-        assert self.scheduler.num_running <= self.config.max_num_seqs
+        assert len(self.scheduler.running) <= self.config.max_num_seqs
         assert len(set(planned)) == len(planned)
         for scheduled in batch.sequences:
             num_known = scheduled.num_new - len(scheduled.draft)

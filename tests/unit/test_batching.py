@@ -94,7 +94,7 @@ def test_seats_bound_what_runs_and_the_rest_waits_in_order() -> None:
     for number, request_id in enumerate("abcd"):
         engine.add(make_request(request_id, [number, 9], max_tokens=2))
     assert [item[0] for item in planned(engine)] == ["a", "b"]
-    assert (engine.scheduler.num_running, engine.scheduler.num_waiting) == (2, 2)
+    assert (len(engine.scheduler.running), len(engine.scheduler.waiting)) == (2, 2)
     assert [item[0] for item in planned(engine)] == ["a", "b"]
     assert [item[0] for item in planned(engine)] == ["c", "d"]
 
@@ -194,7 +194,7 @@ def test_memory_is_taken_from_the_later_half_with_the_fewest_computed_tokens() -
     assert victim.request_id == "c", "of c and d, it has less to compute again"
     assert (victim.status, victim.num_computed, victim.block_tables) == (SequenceStatus.WAITING, 0, [])
     assert (victim.num_preemptions, victim.num_generated) == (1, 2), "the tokens stay"
-    while engine.scheduler.num_waiting:
+    while len(engine.scheduler.waiting):
         assert engine.step().num_tokens > 0
     assert [item[0] for item in planned(engine)] == ["b", "c", "d"], "it is back in its place"
 
