@@ -130,12 +130,14 @@ class Connection(H11Protocol):
         if self.transport.is_closing():
             return
         data, self._unfed = self._unfed[:SLICE_BYTES], self._unfed[SLICE_BYTES:]
+        super().data_received(data)
+        # Behind that, which resumes reading at the end of a body that was answered before. To read then would have
+        # this called more often than there are slices, and h11 takes no bytes for the end of the connection.
         if self._unfed:
             self.transport.pause_reading()
             self.loop.call_soon(self._feed)
         elif not self.flow.read_paused:
             self.transport.resume_reading()
-        super().data_received(data)
         if self.conn.their_state is h11.IDLE:
             self._expect_headers()
         else:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+import uvloop
 
 from tests.api.loop_probe import LoopMeter
 from tests.api.raw_http import GET, is_closed, post, response_of, send_request
@@ -202,6 +203,25 @@ def test_a_body_in_tiny_chunks_is_read_and_holds_up_nobody(
         assert answer.status == 400
         assert "40000 characters" in json.loads(answer.read())["error"]["message"]
     assert 0 < meter.worst < 0.1  # all of it takes several times as long
+
+
+@pytest.mark.covers("R07", "H04")
+def test_a_body_that_comes_after_its_answer_holds_up_nobody() -> None:
+    late, next_one = b"x" * 10_000, b"x" * 1_000_000
+    # What users run on: asyncio's own loop does not read between two of its turns.
+    with live_server(make_loop=uvloop.new_event_loop) as server, server.connect() as sock:
+        sock.sendall(post("/nope", b"", announced=len(late)))
+        answer = response_of(sock)
+        assert answer.status == 404
+        answer.read()
+        sock.sendall(late + post("/nope", next_one) + GET)
+        statuses = []
+        for _ in range(2):
+            answer = response_of(sock)
+            answer.read()
+            statuses.append(answer.status)
+        assert statuses == [404, 200]
+        assert server.complete().status_code == 200
 
 
 @pytest.mark.covers("H04")
