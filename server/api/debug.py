@@ -30,7 +30,7 @@ MAX_WAITING = 100
 class FrontState(Struct):
     phase: Phase
     stage: str
-    """What is being done while it starts."""
+    """What is being done while it starts, or another engine does."""
     admitted_sequences: int
     """That wait or run, of clients."""
     max_admitted_sequences: int
@@ -78,13 +78,15 @@ async def _snapshot(runtime: Runtime) -> Snapshot:
             "long."
         ) from None
     except EngineDeadError:
-        raise EngineUnavailableError from None
+        if runtime.phase is Phase.FAILED:
+            raise EngineUnavailableError from None
+        raise EngineUnavailableError("The engine is being replaced.") from None
 
 
 def _front_state(runtime: Runtime, admission: Admission) -> FrontState:
     return FrontState(
         phase=runtime.phase,
-        stage=runtime.stage if runtime.phase is Phase.STARTING else "",
+        stage=runtime.stage if runtime.phase in (Phase.STARTING, Phase.RESTARTING) else "",
         admitted_sequences=admission.in_flight,
         max_admitted_sequences=admission.max_sequences,
         open_streams=int(runtime.metrics.registry.get_sample_value("gemma_sse_open_streams") or 0),

@@ -130,6 +130,17 @@ def test_a_dead_engine_is_told_of(server: LiveServer) -> None:
     assert state(server, 503)["error"]["code"] == "engine_unavailable"
 
 
+def test_an_engine_that_is_being_replaced_is_told_of(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.runtime, "phase", Phase.RESTARTING)
+    monkeypatch.setattr(server.runtime, "stage", "weights")
+    server.script.inspection_error = EngineDeadError("the engine is being replaced")
+    answer = state(server, 503)
+    assert (answer["front"]["phase"], answer["front"]["stage"]) == ("restarting", "weights")
+    assert answer["error"]["message"] == "The engine is being replaced."
+
+
 def test_it_answers_while_the_model_loads_and_after_the_engine_failed(key_file: Path) -> None:
     with live_server(loaded=False, api_key_file=key_file) as server:
         server.http.headers["authorization"] = f"Bearer {KEY}"
