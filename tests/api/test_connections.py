@@ -74,6 +74,32 @@ def test_the_second_request_of_a_connection_has_to_hurry_too(impatient: LiveServ
         assert response_of(sock).status == 408
 
 
+@pytest.mark.covers("H02")
+@pytest.mark.parametrize("header", [b"Content-Length: 1000000", b"Transfer-Encoding: chunked"])
+def test_a_body_that_trickles_in_behind_its_answer_is_given_up(impatient: LiveServer, header: bytes) -> None:
+    with impatient.connect() as sock:
+        sock.sendall(b"POST /nope HTTP/1.1\r\nHost: localhost\r\n" + header + b"\r\n\r\n")
+        answer = response_of(sock)
+        assert answer.status == 404
+        answer.read()
+        sock.sendall(b"9")
+        sock.settimeout(3)
+        assert sock.recv(100) == b""
+
+
+@pytest.mark.covers("H12")
+def test_whose_request_is_answered_makes_room_even_if_its_body_goes_on() -> None:
+    with live_server() as server:
+        server.http_server.connections.most = 1
+        with server.connect() as sock:
+            sock.sendall(post("/nope", b"9", announced=1_000_000))
+            assert response_of(sock).status == 404
+            with server.connect() as other:
+                other.sendall(GET)
+                assert response_of(other).status == 200
+            assert is_closed(sock)
+
+
 def test_an_idle_connection_is_kept_and_in_the_end_closed(impatient: LiveServer) -> None:
     with impatient.connect() as sock:
         sock.settimeout(3)
