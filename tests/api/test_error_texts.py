@@ -133,6 +133,6 @@ def test_a_fault_of_the_server_is_told_as_one_and_no_more(server: LiveServer, st
 
 
 @pytest.mark.covers("S16")
-def test_neither_probes_nor_snapshots_tell_why_the_engine_died(server: LiveServer) -> None:
-    server.script.inspection_error = EngineDeadError("KeyError in /secret/path")
-    assert server.http.get("/debug/engine").status_code == 503
+def test_neither_probes_nor_snapshots_tell_why_the_engine_died(admin_server: LiveServer) -> None:
+    admin_server.script.inspection_error = EngineDeadError("KeyError in /secret/path")
+    assert admin_server.http.get("/debug/engine").status_code == 503
