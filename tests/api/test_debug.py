@@ -106,7 +106,8 @@ def test_an_engine_that_does_not_answer_is_told_of_and_so_is_the_front(
     assert "0.05 seconds" in answer["error"]["message"]
 
 
-def test_a_dead_engine_is_told_of(admin_server: LiveServer) -> None:
+@pytest.mark.covers("S16")
+def test_a_dead_engine_is_told_of_but_not_why(admin_server: LiveServer) -> None:
     admin_server.script.inspection_error = EngineDeadError("killed by signal 9 in /secret/path")
     assert state(admin_server, 503)["error"]["code"] == "engine_unavailable"
 
