@@ -26,6 +26,7 @@
     ├── EngineSilentError               503  engine_silent
     ├── ModelLoadingError               503  model_loading
     ├── EngineUnavailableError          503  engine_unavailable
+    │   ├── EngineRestartingError       503  engine_unavailable
     │   └── GenerationLostError         503  engine_lost
     ├── ShuttingDownError               503  shutting_down
     ├── TooManyConnectionsError         503  too_many_connections
@@ -296,6 +297,11 @@ class EngineUnavailableError(_UnavailableError):
 
     def __init__(self, message: str = "The engine has ended, and so will the server.") -> None:
         super().__init__(message)
+
+
+class EngineRestartingError(EngineUnavailableError):
+    def __init__(self) -> None:
+        super().__init__("The engine is being restarted. Try again in some seconds.")
 
 
 class GenerationLostError(EngineUnavailableError):

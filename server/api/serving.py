@@ -21,6 +21,7 @@ from server.api.terms import tenant_of, terms_of
 from server.api_keys import Tenant
 from server.errors import (
     ApiError,
+    EngineRestartingError,
     EngineUnavailableError,
     InvalidRequestError,
     ModelLoadingError,
@@ -86,11 +87,11 @@ def admit(
 ) -> Generation:
     """Room for `choices`, which `body` asks for.
 
-    Raises EngineUnavailableError, QueueFullError, RateLimitError, InvalidRequestError.
+    Raises EngineRestartingError, QueueFullError, RateLimitError, InvalidRequestError.
     """
     runtime, terms = runtime_of(request), terms_of(request)
     if runtime.phase is Phase.RESTARTING:
-        raise EngineUnavailableError("The engine is being restarted. Try again in some seconds.")
+        raise EngineRestartingError
     tenant = terms.tenant
     priority = max(_priority(body.priority, tenant), terms.least_priority)
     num_prompt_tokens = sum(
