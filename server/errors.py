@@ -321,8 +321,7 @@ class DeadlineError(ApiError):
 
     @property
     def headers(self) -> dict[str, str]:
-        # OpenAI's libraries would ask a server again that is too slow already.
-        return {"x-should-retry": "false"}
+        return dict(_DO_NOT_RETRY)
 
 
 class ShuttingDownError(_UnavailableError):
