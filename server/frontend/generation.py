@@ -34,6 +34,7 @@ from server.errors import (
     GenerationLostError,
     ShuttingDownError,
 )
+from server.frontend.accounts import Charge
 from server.frontend.admission import Permit
 from server.frontend.client import (
     AbandonedError,
@@ -43,7 +44,6 @@ from server.frontend.client import (
     SequenceLostError,
 )
 from server.frontend.deadlines import Deadlines, within
-from server.frontend.limits import Charge
 from server.frontend.request_state import RequestState, StopConditions, TextDelta
 from server.metrics import RequestMetrics
 from server.tokenizer import Tokenizer
