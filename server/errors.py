@@ -149,7 +149,7 @@ class RouteNotFoundError(ApiError):
 
 
 class ObjectNotFoundError(ApiError):
-    """A file or a batch that is not there, or is another key's."""
+    """A file or a batch that is not there, or is another tenant's."""
 
     status = 404
     type = "invalid_request_error"
@@ -221,7 +221,7 @@ class QueueFullError(ApiError):
 
 
 class RateLimitError(QueueFullError):
-    """One of the limits of the client's own key is reached."""
+    """One of the limits of the client's own tenant is reached."""
 
     default_code = "rate_limit_exceeded"
 

@@ -45,7 +45,7 @@ def runtime_of(request: Request) -> Runtime:
 
 
 def owner_of(request: Request) -> str:
-    """The id of whose API key was presented; empty if the server asks for none."""
+    """Under whom files and batches are kept: the tenant's id, which is empty if the server asks for no key."""
     return tenant_of(request).id
 
 
