@@ -50,7 +50,7 @@ A test says what it shows with `@pytest.mark.covers("R01")`. A new case gets the
 
 - A request is checked whole before anything is queued: its size before its JSON, its JSON before its fields,
   its texts' lengths before they are encoded, its ids and its room after (`server/api/`,
-  `server/frontend/admission.py`). What is refused never reaches the engine.
+  `server/frontend/fitting.py`, `server/frontend/admission.py`). What is refused never reaches the engine.
 - What a client wrote is text. Control tokens come from the server (`server/chat_template.py`), and no name of a
   client's is ever part of a path.
 - Work that a client can make long runs off the event loop: texts are encoded in threads, and grammars are tried
