@@ -99,7 +99,7 @@ def admit(
         for token_ids in {choice.prompt_index: choice.prompt_token_ids for choice in choices}.values()
     )
     num_output_tokens = sum(choice.sampling.max_tokens for choice in choices)
-    held = terms.held
+    held = terms.held  # before the charge, which counts, too
     charge = terms.account.charge(len(choices), num_prompt_tokens + num_output_tokens)
     try:
         permit = terms.admission.acquire(len(choices), num_prompt_tokens, held)

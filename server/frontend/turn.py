@@ -68,7 +68,7 @@ class Turn:
         return self.generation.usage()
 
     async def deltas(self) -> AsyncGenerator[TurnDelta, None]:
-        """What the choices gain, as it comes. Raises GenerationError, EngineUnavailableError."""
+        """What the choices gain, as it comes. Raises as `Generation.deltas` does."""
         parsers: dict[int, Parser] = {}
         async with aclosing(self.generation.deltas()) as deltas:
             async for delta in deltas:
