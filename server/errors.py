@@ -203,12 +203,9 @@ class ConflictError(ApiError):
     default_code = "conflict"
 
 
-class QueueFullError(ApiError):
-    """There is no room for anybody's request."""
-
+class _NoRoomError(ApiError):
     status = 429
     type = "rate_limit_error"
-    default_code = "queue_full"
 
     def __init__(self, message: str, *, retry_after: int = RETRY_AFTER_QUEUE_SECONDS) -> None:
         """`retry_after`: seconds after which there may be room."""
@@ -220,7 +217,13 @@ class QueueFullError(ApiError):
         return {"retry-after": str(self.retry_after)}
 
 
-class RateLimitError(QueueFullError):
+class QueueFullError(_NoRoomError):
+    """There is no room for anybody's request."""
+
+    default_code = "queue_full"
+
+
+class RateLimitError(_NoRoomError):
     """One of the limits of the client's own tenant is reached."""
 
     default_code = "rate_limit_exceeded"
