@@ -11,14 +11,7 @@ from server.api_keys import Limits, Tenant
 from server.errors import InvalidRequestError, RateLimitError
 from server.frontend.accounts import Account, Accounts
 from server.frontend.release_rate import MOST_SECONDS, ReleaseRate
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.unit.clock import Clock
 
 
 @pytest.fixture

@@ -18,14 +18,7 @@ from server.engine.types import (
 from server.frontend.client import LossCause
 from server.frontend.watchdog import LASTING_SECONDS, SILENT_SECONDS, TICK_SECONDS, Restarts, Watchdog
 from tests.api.support import make_info
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.unit.clock import Clock
 
 
 def verdict_after(watchdog: Watchdog, clock: Clock, seconds: float) -> tuple[LossCause, str] | None:
