@@ -12,7 +12,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from server.engine.types import FinishReason, PromptTokenLogprob, TokenLogprob
-from server.frontend.generation import Generation, UsageCounts
+from server.frontend.generation import Generation
+from server.frontend.records import UsageCounts
 from server.frontend.tool_forms import Parser
 from server.frontend.tool_parser import ArgumentPiece, CallBegun, Piece, TextPiece
 from server.frontend.tool_plan import ToolPlan
