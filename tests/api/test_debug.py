@@ -106,7 +106,8 @@ def test_an_engine_that_does_not_answer_is_told_of_and_so_is_the_front(
     assert "0.05 seconds" in answer["error"]["message"]
 
 
-def test_a_dead_engine_is_told_of(admin_server: LiveServer) -> None:
+@pytest.mark.covers("S16")
+def test_a_dead_engine_is_told_of_but_not_why(admin_server: LiveServer) -> None:
     admin_server.script.inspection_error = EngineDeadError("killed by signal 9 in /secret/path")
     assert state(admin_server, 503)["error"]["code"] == "engine_unavailable"
 
@@ -123,3 +124,14 @@ def test_it_answers_while_the_model_loads_and_after_the_engine_failed(admin_key_
         answer = state(server, 503)
         assert answer["front"]["stage"] == ""
         assert answer["error"]["code"] == "engine_unavailable"
+
+
+def test_while_the_engine_is_replaced_nobody_is_told_that_the_server_ends(
+    admin_server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin_server.runtime, "phase", Phase.RESTARTING)
+    monkeypatch.setattr(admin_server.runtime, "stage", "weights")
+    admin_server.script.inspection_error = EngineDeadError("the engine is being replaced")
+    answer = state(admin_server, 503)
+    assert (answer["front"]["phase"], answer["front"]["stage"]) == ("restarting", "weights")
+    assert (answer["error"]["code"], "restarted" in answer["error"]["message"]) == ("engine_unavailable", True)
