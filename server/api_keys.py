@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from server.config import OptionError, ServerConfig, parse_yaml
+from server.config import OptionError, ServerConfig, is_loopback, parse_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -95,19 +94,12 @@ class KeyRing:
 
 def check_exposure(config: ServerConfig, keys: KeyRing) -> None:
     """Raises OptionError if others than this machine's users could use the server without a key."""
-    if keys.is_needed or config.allow_unauthenticated or _is_loopback(config.host):
+    if keys.is_needed or config.allow_unauthenticated or is_loopback(config.host):
         return
     raise OptionError(
         f"--host {config.host} lets other machines in, and no API key is asked for: name a file of keys with "
         "--api-key-file, or say --allow-unauthenticated if something in front of the server checks who asks."
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class _Entry(BaseModel):

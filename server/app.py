@@ -35,8 +35,8 @@ from server.api_keys import KeyRing
 from server.batches.lines import LINE_OVERHEAD_BYTES
 from server.batches.runner import BatchRunner
 from server.batches.store import Store
+from server.frontend.accounts import Accounts
 from server.frontend.admission import Admission
-from server.frontend.limits import Accounts
 from server.moderation import BUILT_IN_POLICIES, Policy
 from server.runtime import Runtime
 from server.tracing import RequestTracer

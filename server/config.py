@@ -9,6 +9,7 @@ Options that vLLM also has carry vLLM's names.
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import types
 import typing
@@ -298,6 +299,14 @@ def load_config(arguments: Sequence[str], environment: Mapping[str, str] | None 
             got = f" (got {problem['input']!r})" if field is not None and field.repr else ""
             lines.append(f"{sources.get(name, name)}: {problem['msg']}{got}")
         raise OptionError("\n".join(lines)) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server that listens on `host` is reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -26,6 +26,7 @@
     ├── EngineSilentError               503  engine_silent
     ├── ModelLoadingError               503  model_loading
     ├── EngineUnavailableError          503  engine_unavailable
+    │   ├── EngineRestartingError       503  engine_unavailable
     │   └── GenerationLostError         503  engine_lost
     ├── ShuttingDownError               503  shutting_down
     ├── TooManyConnectionsError         503  too_many_connections
@@ -148,7 +149,7 @@ class RouteNotFoundError(ApiError):
 
 
 class ObjectNotFoundError(ApiError):
-    """A file or a batch that is not there, or is another key's."""
+    """A file or a batch that is not there, or is another tenant's."""
 
     status = 404
     type = "invalid_request_error"
@@ -202,12 +203,9 @@ class ConflictError(ApiError):
     default_code = "conflict"
 
 
-class QueueFullError(ApiError):
-    """There is no room for anybody's request."""
-
+class _NoRoomError(ApiError):
     status = 429
     type = "rate_limit_error"
-    default_code = "queue_full"
 
     def __init__(self, message: str, *, retry_after: int = RETRY_AFTER_QUEUE_SECONDS) -> None:
         """`retry_after`: seconds after which there may be room."""
@@ -219,8 +217,14 @@ class QueueFullError(ApiError):
         return {"retry-after": str(self.retry_after)}
 
 
-class RateLimitError(QueueFullError):
-    """One of the limits of the client's own key is reached."""
+class QueueFullError(_NoRoomError):
+    """There is no room for anybody's request."""
+
+    default_code = "queue_full"
+
+
+class RateLimitError(_NoRoomError):
+    """One of the limits of the client's own tenant is reached."""
 
     default_code = "rate_limit_exceeded"
 
@@ -298,6 +302,11 @@ class EngineUnavailableError(_UnavailableError):
         super().__init__(message)
 
 
+class EngineRestartingError(EngineUnavailableError):
+    def __init__(self) -> None:
+        super().__init__("The engine is being restarted. Try again in some seconds.")
+
+
 class GenerationLostError(EngineUnavailableError):
     """What the engine took along when it ended."""
 
@@ -315,8 +324,7 @@ class DeadlineError(ApiError):
 
     @property
     def headers(self) -> dict[str, str]:
-        # OpenAI's libraries would ask a server again that is too slow already.
-        return {"x-should-retry": "false"}
+        return dict(_DO_NOT_RETRY)
 
 
 class ShuttingDownError(_UnavailableError):

@@ -36,7 +36,7 @@ MAX_VALUES = 500_000
 meanwhile."""
 MAX_STRINGS = 200_000
 """Strings in a body, keys included, each of which may cost ten times as much as a number."""
-MAX_KEYS = 100_000
+MAX_KEYS = 60_000
 """Keys in all objects of a body."""
 MAX_OBJECTS = 30_000
 """Objects in a body, which are validated one by one."""

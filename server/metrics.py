@@ -40,7 +40,6 @@ ITERATION_TOKEN_BUCKETS = tuple(
 )
 N_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-
 RESTART_BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
 
 LABELS = ("model_name", "engine")
@@ -244,8 +243,8 @@ class HttpMetrics:
             "gemma_requests_rejected", "Requests refused for want of capacity.", ("reason",), registry=registry
         )
         for reason in (
-            *("queue_full", "rate_limit_exceeded"),
-            *("model_loading", "engine_unavailable", "engine_lost"),
+            *("queue_full", "rate_limit_exceeded", "shutting_down"),
+            *("model_loading", "engine_unavailable", "engine_lost", "engine_silent"),
         ):
             self._rejected.labels(reason)
         self.disconnects = Counter(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from server import __version__
 from server.config import OptionError
 from server.engine.types import FinishReason
-from server.frontend.generation import RequestRecord, SequenceRecord
+from server.frontend.records import RequestRecord, SequenceRecord
 from server.request_scope import RequestScope
 
 if TYPE_CHECKING:

@@ -18,9 +18,10 @@ _INTRODUCTION = """\
 
 Written by `make docs` from `server/limits.py`; do not edit it by hand.
 
-What a client may send at most. Whatever exceeds one is answered with an error that names the limit, before it
-costs anything. Other limits are options ([options.md](options.md): `--max-body-bytes`, `--max-queued-requests`,
-`--max-logprobs`, `--max-model-len`), or follow from the model: its context and its vocabulary.
+What a client may send at most. A request that exceeds one is answered with an error that names the limit,
+before it costs anything; a connection that does is closed. Other limits are options
+([options.md](options.md): `--max-body-bytes`, `--max-queued-requests`, `--max-logprobs`, `--max-model-len`), or
+follow from the model: its context and its vocabulary.
 """
 
 

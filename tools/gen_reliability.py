@@ -3,7 +3,7 @@
 Laws:
 1. What shows a case is what carries its mark: a test that is skipped or expected to fail cannot carry one.
 2. Tests are read, not imported: which marks there are does not depend on what is installed.
-3. A case without a test says why, or is among PENDING; `problems` finds everything else.
+3. A case without a test says why; `problems` finds everything else.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ TESTS = ROOT / "tests"
 RELIABILITY_PAGE = ROOT / "docs" / "reliability.md"
 CASES_FILE = TESTS / "reliability" / "cases.yaml"
 RESULTS_FILE = TESTS / "reliability" / "results.yaml"
-
-PENDING: frozenset[str] = frozenset()
-"""Cases that wait for their test: to be empty in any release."""
 
 Tier = Literal["test", "slow", "chaos", "soak", "gpu", "release"]
 
@@ -50,7 +47,7 @@ A test says what it shows with `@pytest.mark.covers("R01")`. A new case gets the
 
 - A request is checked whole before anything is queued: its size before its JSON, its JSON before its fields,
   its texts' lengths before they are encoded, its ids and its room after (`server/api/`,
-  `server/frontend/admission.py`). What is refused never reaches the engine.
+  `server/frontend/fitting.py`, `server/frontend/admission.py`). What is refused never reaches the engine.
 - What a client wrote is text. Control tokens come from the server (`server/chat_template.py`), and no name of a
   client's is ever part of a path.
 - Work that a client can make long runs off the event loop: texts are encoded in threads, and grammars are tried
@@ -162,17 +159,14 @@ def problems(cases: Sequence[Case], tests: Sequence[MarkedTest]) -> list[str]:
         for case_id in test.cases
         if case_id not in ids
     ]
-    found += [f"{case_id} is pending, and is no case" for case_id in PENDING - set(ids)]
     for case in cases:
         shown_by = [test for test in tests if case.id in test.cases]
         if case.tier not in get_args(Tier):
             found.append(f"{case.id} has an unknown tier, {case.tier}")
-        if not shown_by and not case.untested and case.id not in PENDING:
+        if not shown_by and not case.untested:
             found.append(f"{case.id} has neither a test nor a reason")
         if shown_by and case.untested:
             found.append(f"{case.id} has a test now: take its `untested` away")
-        if shown_by and case.id in PENDING:
-            found.append(f"{case.id} has a test now: take it out of PENDING")
         if case.tier == "test" and shown_by and all(test.marks & {"slow", "gpu"} for test in shown_by):
             found.append(f"{case.id} is of tier `test`, and no quick test shows it")
     return found

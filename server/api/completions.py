@@ -33,7 +33,8 @@ from server.api.serving import (
 from server.api.terms import ENTERING, terms_of
 from server.errors import InvalidRequestError
 from server.frontend.fitting import check_token_ids, resolve_max_tokens
-from server.frontend.generation import ChoiceRequest, Generation, UsageCounts
+from server.frontend.generation import ChoiceRequest, Generation
+from server.frontend.records import UsageCounts
 from server.frontend.served_model import ServedModel
 
 router = APIRouter()

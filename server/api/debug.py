@@ -14,7 +14,13 @@ from msgspec import UNSET, Struct, UnsetType, to_builtins
 from server.api.responses import json_response
 from server.api.serving import runtime_of
 from server.engine.types import Snapshot
-from server.errors import ApiError, EngineSilentError, EngineUnavailableError, ModelLoadingError
+from server.errors import (
+    ApiError,
+    EngineRestartingError,
+    EngineSilentError,
+    EngineUnavailableError,
+    ModelLoadingError,
+)
 from server.frontend.admission import Admission
 from server.frontend.client import EngineDeadError
 from server.runtime import Phase, Runtime
@@ -30,7 +36,7 @@ MAX_WAITING = 100
 class FrontState(Struct):
     phase: Phase
     stage: str
-    """What is being done while it starts, or another engine does."""
+    """What is being done while it starts or restarts."""
     admitted_sequences: int
     """That wait or run, of clients."""
     max_admitted_sequences: int
@@ -66,9 +72,11 @@ async def debug_engine(request: Request) -> Response:
 
 
 async def _snapshot(runtime: Runtime) -> Snapshot:
-    """Raises EngineSilentError, EngineUnavailableError, ModelLoadingError."""
+    """Raises EngineSilentError, EngineRestartingError, EngineUnavailableError, ModelLoadingError."""
     if runtime.phase is Phase.STARTING:
         raise ModelLoadingError("The engine answers once the model is loaded.")
+    if runtime.phase is Phase.RESTARTING:
+        raise EngineRestartingError
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             return await runtime.client.inspect(MAX_WAITING)
@@ -78,9 +86,7 @@ async def _snapshot(runtime: Runtime) -> Snapshot:
             "long."
         ) from None
     except EngineDeadError:
-        if runtime.phase is Phase.FAILED:
-            raise EngineUnavailableError from None
-        raise EngineUnavailableError("The engine is being replaced.") from None
+        raise EngineUnavailableError from None
 
 
 def _front_state(runtime: Runtime, admission: Admission) -> FrontState:

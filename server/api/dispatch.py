@@ -24,8 +24,8 @@ from server.api.terms import Terms
 from server.api_keys import Limits, Tenant
 from server.batches.lines import Answer
 from server.errors import ApiError, InternalError
+from server.frontend.accounts import Account
 from server.frontend.admission import Admission
-from server.frontend.limits import Account
 from server.request_scope import RequestScope, request_scope
 from server.runtime import Runtime
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.error_responses import error_response
+from server.config import is_loopback
 from server.errors import HostNotAllowedError, shown
 
 ANY = "*"
@@ -56,10 +57,6 @@ class HostMiddleware:
             return False
         name = match[1].lower().removesuffix(".")
         return _is_address(name) or any(_matches(name, pattern) for pattern in self._allowed)
-
-
-def is_loopback(host: str) -> bool:
-    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def _is_address(name: str) -> bool:

@@ -14,7 +14,7 @@ from msgspec import UNSET, Struct, UnsetType
 from starlette.responses import Response
 
 from server import __version__
-from server.frontend.generation import UsageCounts
+from server.frontend.records import UsageCounts
 
 SYSTEM_FINGERPRINT = f"gemma-server-{__version__}"
 

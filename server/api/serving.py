@@ -21,6 +21,7 @@ from server.api.terms import tenant_of, terms_of
 from server.api_keys import Tenant
 from server.errors import (
     ApiError,
+    EngineRestartingError,
     EngineUnavailableError,
     InvalidRequestError,
     ModelLoadingError,
@@ -44,7 +45,7 @@ def runtime_of(request: Request) -> Runtime:
 
 
 def owner_of(request: Request) -> str:
-    """The id of whose API key was presented; empty if the server asks for none."""
+    """Under whom files and batches are kept: the tenant's id, which is empty if the server asks for no key."""
     return tenant_of(request).id
 
 
@@ -86,11 +87,11 @@ def admit(
 ) -> Generation:
     """Room for `choices`, which `body` asks for.
 
-    Raises EngineUnavailableError, QueueFullError, RateLimitError, InvalidRequestError.
+    Raises EngineRestartingError, QueueFullError, RateLimitError, InvalidRequestError.
     """
     runtime, terms = runtime_of(request), terms_of(request)
     if runtime.phase is Phase.RESTARTING:
-        raise EngineUnavailableError("The engine is being restarted. Try again in some seconds.")
+        raise EngineRestartingError
     tenant = terms.tenant
     priority = max(_priority(body.priority, tenant), terms.least_priority)
     num_prompt_tokens = sum(
@@ -98,7 +99,7 @@ def admit(
         for token_ids in {choice.prompt_index: choice.prompt_token_ids for choice in choices}.values()
     )
     num_output_tokens = sum(choice.sampling.max_tokens for choice in choices)
-    held = terms.held
+    held = terms.held  # before the charge, which counts, too
     charge = terms.account.charge(len(choices), num_prompt_tokens + num_output_tokens)
     try:
         permit = terms.admission.acquire(len(choices), num_prompt_tokens, held)

@@ -17,9 +17,9 @@ from starlette.types import Scope
 from server.api.error_responses import is_anthropic
 from server.api_keys import LOWEST_PRIORITY_NUMBER, Tenant
 from server.errors import InvalidRequestError, shown
+from server.frontend.accounts import Account, Quota
 from server.frontend.admission import Admission
 from server.frontend.deadlines import NO_DEADLINES, Deadlines
-from server.frontend.limits import Account, Quota
 
 TIMEOUT_HEADER = "x-request-timeout"
 LONGEST_TIMEOUT_SECONDS = 86_400.0

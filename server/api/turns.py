@@ -40,7 +40,7 @@ async def begin_turn(
     `max_tokens` must fit the model's context beside the prompt; of `max_tokens_if_they_fit`, as many as do are
     generated.
 
-    Raises InvalidRequestError, QueueFullError.
+    Raises InvalidRequestError, and as `admit` does.
     """
     rendered = await chat_token_ids(
         messages,

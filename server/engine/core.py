@@ -112,7 +112,7 @@ class EngineCore:
     def snapshot(self, number: int, max_waiting: int) -> Snapshot:
         """See `server.engine.types.Inspect`. Between two steps."""
         return snapshot_of(
-            number, max_waiting, self._scheduler, list(self._compiling.values()), self._steps, self._clock()
+            number, max_waiting, self._scheduler, self._compiling.values(), self._steps, self._clock()
         )
 
     def _add(self, seq: Sequence) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection
 from itertools import islice
 
 from server.batching import Scheduler
@@ -32,15 +32,14 @@ def snapshot_of(
     number: int,
     max_waiting: int,
     scheduler: Scheduler,
-    compiling: Iterable[Sequence],
+    compiling: Collection[Sequence],
     steps: StepLog,
     now: float,
 ) -> Snapshot:
     """`compiling`: sequences whose grammar is not there yet. `now`: seconds of the engine's clock."""
     described = [_describe(seq, "waiting", now) for seq in islice(scheduler.waiting, max_waiting)]
-    compiling = list(compiling)
     room = max_waiting - len(described)
-    described += [_describe(seq, "compiling", now) for seq in compiling[:room]]
+    described += [_describe(seq, "compiling", now) for seq in islice(compiling, room)]
     return Snapshot(
         number=number,
         running=[_describe(seq, "running", now) for seq in scheduler.running],

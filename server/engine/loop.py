@@ -139,6 +139,8 @@ def _read(connection: socket.socket, inbox: Inbox) -> None:
                 inbox.put(transport.decode_to_engine(payload))
             except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
                 logger.error("dropped a message that is not in the protocol: %s", error)
+    except ConnectionResetError:
+        pass  # the front closed while something of this side was on its way
     except (OSError, transport.FrameError) as error:
         logger.error("lost the connection to the front: %s", error)
     finally:

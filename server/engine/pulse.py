@@ -18,13 +18,11 @@ class Pulse:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._num_turns = 0
         self._since: float | None = None
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Around a step, or around taking a message in."""
-        self._num_turns += 1
         self._since = self._clock()
         try:
             yield
@@ -33,7 +31,7 @@ class Pulse:
 
     def heartbeat(self) -> Heartbeat:
         since = self._since
-        return Heartbeat(self._num_turns, 0.0 if since is None else self._clock() - since)
+        return Heartbeat(0.0 if since is None else self._clock() - since)
 
     def beat(self, send: Callable[[Heartbeat], None]) -> None:
         """Send one now, and one every HEARTBEAT_SECONDS from a thread, for as long as the process lives."""

@@ -271,10 +271,9 @@ class Began(msgspec.Struct, frozen=True, tag=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    num_turns: int
-    """Of the engine's loop, so far: steps, and messages taken in."""
     seconds_in_turn: float
-    """Since the present turn began; 0 between turns and while the model is loaded."""
+    """Since the present turn of the engine's loop began, a step or taking a message in; 0 between turns and
+    while the model is loaded."""
 
 
 class SequenceSnapshot(msgspec.Struct, frozen=True, kw_only=True):

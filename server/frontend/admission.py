@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from server.errors import InvalidRequestError, QueueFullError
-from server.frontend.drain import DrainRate
+from server.frontend.release_rate import ReleaseRate
 
 GREED = 8
 """So many times as much as is free a tenant may hold where there are others: alone it gets 8/9 of the queue,
@@ -55,8 +55,8 @@ class Admission:
         self.released_at = -math.inf
         """`time.monotonic()` seconds at which a permit was last given back."""
         self._clock = clock
-        self._sequences = DrainRate(clock)
-        self._tokens = DrainRate(clock)
+        self._sequences = ReleaseRate(clock)
+        self._tokens = ReleaseRate(clock)
 
     def check_room(self, held: int = 0) -> None:
         """Refuse what will find no room, before it costs something. `held` as for `acquire`.

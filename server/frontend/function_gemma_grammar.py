@@ -6,20 +6,15 @@ A call begins with a token that only the model can write, so that the text befor
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from server.frontend.function_gemma_schema import SHARED_RULES, SchemaRules
+from server.frontend.tool_grammar import Instead
 from server.tokenizer import END_CALL, START_CALL
 from server.tool_format import Tool
 
 
-def turn_grammar(
-    tools: Sequence[Tool],
-    loose: Collection[str],
-    *,
-    is_parallel: bool,
-    instead: Literal["TEXT", "@answer"] | None,
-) -> str:
+def turn_grammar(tools: Sequence[Tool], loose: Collection[str], *, is_parallel: bool, instead: Instead) -> str:
     """As `tool_grammar.turn_grammar`. Raises GrammarError."""
     rules = list(SHARED_RULES)
     for number, tool in enumerate(tools):

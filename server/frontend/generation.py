@@ -34,6 +34,7 @@ from server.errors import (
     GenerationLostError,
     ShuttingDownError,
 )
+from server.frontend.accounts import Charge
 from server.frontend.admission import Permit
 from server.frontend.client import (
     AbandonedError,
@@ -43,7 +44,7 @@ from server.frontend.client import (
     SequenceLostError,
 )
 from server.frontend.deadlines import Deadlines, within
-from server.frontend.limits import Charge
+from server.frontend.records import RequestRecord, SequenceRecord, UsageCounts
 from server.frontend.request_state import RequestState, StopConditions, TextDelta
 from server.metrics import RequestMetrics
 from server.tokenizer import Tokenizer
@@ -84,36 +85,6 @@ class ChoiceDelta:
     text: TextDelta
     prompt_logprobs: list[PromptTokenLogprob | None] | None
     """In the first delta of a choice, where asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class UsageCounts:
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceRecord:
-    """How one sequence went. Times are `time.monotonic()` seconds; 0 for what did not happen."""
-
-    params: SamplingParams
-    finish_reason: FinishReason
-    scheduled_at: float
-    first_token_at: float
-    ended_at: float
-    """The last token's time where it ended by itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class RequestRecord:
-    """How one request went."""
-
-    request_id: str
-    """As the client knows it."""
-    arrival: float
-    usage: UsageCounts
-    sequences: list[SequenceRecord]
 
 
 class Generation:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from server.chat_template import ChatMessage, RenderedChat, render_chat
 from server.frontend import function_gemma_grammar, function_gemma_parser, tool_grammar
 from server.frontend.detokenizer import NO_MARKS
 from server.frontend.function_gemma_parser import FunctionCallFinder, FunctionCallParser
+from server.frontend.tool_grammar import Instead
 from server.frontend.tool_parser import CallFinder, CallParser, Piece
 from server.function_gemma_template import render_function_chat
 from server.tokenizer import Tokenizer
 from server.tool_format import Tool, declarations_text
-
-Instead = Literal["TEXT", "@answer"] | None
-"""What may be written instead of calls: free text, or what the grammar named `answer` allows."""
 
 
 class Finder(Protocol):

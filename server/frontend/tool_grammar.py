@@ -13,6 +13,8 @@ from typing import Any, Literal
 from server.grammar_library import JSON_WHITESPACE
 from server.tool_format import Tool
 
+Instead = Literal["TEXT", "@answer"] | None
+"""What may be written instead of calls: free text, or what the grammar named `answer` allows; None: nothing."""
 CALL_HEAD = r'\{[ \t\r\n]{0,16}"name"[ \t\r\n]{0,4}:[ \t\r\n]{0,4}"'
 """A regular expression, to Python as to the grammar: a call up to its name."""
 
@@ -29,18 +31,11 @@ _COMBINING_KEYS = frozenset(
 )
 
 
-def turn_grammar(
-    tools: Sequence[Tool],
-    loose: Collection[str],
-    *,
-    is_parallel: bool,
-    instead: Literal["TEXT", "@answer"] | None,
-) -> str:
+def turn_grammar(tools: Sequence[Tool], loose: Collection[str], *, is_parallel: bool, instead: Instead) -> str:
     """What a turn with calls of `tools` must match, in llguidance's Lark.
 
     `loose`: names of tools whose arguments are held to what a grammar can express of their schemas.
-    `is_parallel`: whether several may be called. `instead`: what may be written instead of calls, free text or
-    what a grammar named `answer` allows; None: nothing.
+    `is_parallel`: whether several may be called.
     """
     numbers = range(len(tools))
     more = f" (GAP ({_any('call', numbers)}))* GAP?" if is_parallel else ""

@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from server.frontend.tool_forms import JSON_FORM, Instead, ToolForm
+from server.frontend.tool_forms import JSON_FORM, ToolForm
+from server.frontend.tool_grammar import Instead
 from server.tool_format import Tool
 
 

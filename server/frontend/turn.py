@@ -12,7 +12,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from server.engine.types import FinishReason, PromptTokenLogprob, TokenLogprob
-from server.frontend.generation import Generation, UsageCounts
+from server.frontend.generation import Generation
+from server.frontend.records import UsageCounts
 from server.frontend.tool_forms import Parser
 from server.frontend.tool_parser import ArgumentPiece, CallBegun, Piece, TextPiece
 from server.frontend.tool_plan import ToolPlan
@@ -68,7 +69,7 @@ class Turn:
         return self.generation.usage()
 
     async def deltas(self) -> AsyncGenerator[TurnDelta, None]:
-        """What the choices gain, as it comes. Raises GenerationError, EngineUnavailableError."""
+        """What the choices gain, as it comes. Raises as `Generation.deltas` does."""
         parsers: dict[int, Parser] = {}
         async with aclosing(self.generation.deltas()) as deltas:
             async for delta in deltas:

@@ -43,6 +43,7 @@ from server.tracing import RequestTracer
 from tests.fixtures_tokenizers import make_tiny_tokenizer
 
 MODEL = "google/gemma-tiny"
+ADMIN_KEY = "an-admin's"
 ALIAS = "tiny"
 TOKENIZER = make_tiny_tokenizer()
 VOCAB_SIZE = TOKENIZER.vocab_size

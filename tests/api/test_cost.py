@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from server.api import openapi
 from tests.api.support import MAX_SEQUENCE_TOKENS, VOCAB_SIZE, LiveServer, assert_error, live_server
@@ -31,6 +32,8 @@ BY_MODEL = {
     "stop_token_ids.[]": "vocabulary",
 }
 """Numbers whose greatest value the schema does not give, and what gives it: the model or an option."""
+READ_ONCE = {"content", "output", "prompt", "tokens", "tools", "include", "system"}
+"""Lists that the size of the body bounds, or what they are read for."""
 
 
 @pytest.fixture(scope="module")
@@ -39,36 +42,53 @@ def server() -> Iterator[LiveServer]:
         yield live
 
 
-def numbers(schema: dict[str, Any], definitions: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
-    """The paths of those without a maximum."""
+def values(
+    schema: dict[str, Any], definitions: dict[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The path and the schema of each."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         if path.count(name) < 2:
-            yield from numbers(definitions[name], definitions, (*path, name))
+            yield from values(definitions[name], definitions, (*path, name))
         return
+    yield ".".join(part for part in path if part not in definitions), schema
     for branch in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
-        yield from numbers(branch, definitions, path)
-    if schema.get("type") in ("integer", "number") and not {"maximum", "exclusiveMaximum", "enum"} & set(
-        schema
-    ):
-        yield ".".join(part for part in path if part not in definitions)
+        yield from values(branch, definitions, path)
     for name, field in schema.get("properties", {}).items():
-        yield from numbers(field, definitions, (*path, name))
+        yield from values(field, definitions, (*path, name))
     for key, part in (("items", "[]"), ("additionalProperties", "*")):
         if isinstance(schema.get(key), dict):
-            yield from numbers(schema[key], definitions, (*path, part))
+            yield from values(schema[key], definitions, (*path, part))
+
+
+def unlimited(model: type[BaseModel], types: set[str], limits: set[str]) -> set[str]:
+    """The paths of the model's values of these types that have none of the limits."""
+    schema = model.model_json_schema()
+    return {
+        path
+        for path, value in values(schema, schema.get("$defs", {}))
+        if value.get("type") in types and not limits & value.keys()
+    }
 
 
 @pytest.mark.covers("S23")
 def test_every_number_in_a_body_has_a_greatest_value_or_is_known_to_get_it_from_the_model() -> None:
     assert len(openapi._requests) > 8
     for model in openapi._requests:
-        schema = model.model_json_schema()
-        unlimited = set(numbers(schema, schema.get("$defs", {}), ()))
-        assert unlimited <= set(BY_MODEL), model.__name__
+        found = unlimited(model, {"integer", "number"}, {"maximum", "exclusiveMaximum", "enum"})
+        assert found <= set(BY_MODEL), model.__name__
 
 
 @pytest.mark.covers("S23")
+def test_every_list_in_a_body_has_a_greatest_length_or_is_read_but_once() -> None:
+    for model in openapi._requests:
+        names = {
+            path.removesuffix(".[]").rpartition(".")[2] for path in unlimited(model, {"array"}, {"maxItems"})
+        }
+        assert names <= READ_ONCE, model.__name__
+
+
+@pytest.mark.covers("S23", "R20", "R23")
 @pytest.mark.parametrize("name", [name for name in BY_MODEL if name != "max_output_tokens"])
 def test_a_number_beyond_what_the_model_allows_is_refused_at_once(server: LiveServer, name: str) -> None:
     field, value = name.partition(".")[0], 2**62

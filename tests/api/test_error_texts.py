@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 
-from server.frontend.client import EngineDeadError
 from tests.api.support import INSIDES, LiveServer, Script, check_reveals_nothing
 
 
@@ -130,9 +129,3 @@ def test_a_fault_of_the_server_is_told_as_one_and_no_more(server: LiveServer, st
         response = server.complete("ab", stream=stream)
         assert "error" in response.text
         assert not INSIDES.search(response.text)
-
-
-@pytest.mark.covers("S16")
-def test_neither_probes_nor_snapshots_tell_why_the_engine_died(server: LiveServer) -> None:
-    server.script.inspection_error = EngineDeadError("KeyError in /secret/path")
-    assert server.http.get("/debug/engine").status_code == 503

@@ -158,3 +158,24 @@ def test_probes_are_quick_while_large_things_are_asked_for(roomy: LiveServer) ->
                 )
         print(f"{name}: p99 {probe.p99 * 1000:.0f} ms, worst {probe.worst * 1000:.0f} ms")
         assert probe.p99 < 0.1 + 3 * idle, name
+
+
+@pytest.mark.slow
+@pytest.mark.covers("E09")
+def test_probes_are_quick_while_schemas_compile_for_a_second_each(roomy: LiveServer) -> None:
+    from tests.api.loop_probe import LoopProbe
+
+    kinds = [
+        {"type": "object", "properties": {f"k{i}": {"type": "integer", "minimum": i}}, "required": [f"k{i}"]}
+        for i in range(1000)
+    ]
+    took = []
+    with LoopProbe(roomy.url) as probe:
+        for number in range(5):
+            schema = {"title": f"never seen: {number}", "items": {"anyOf": kinds}, "type": "array"}
+            body = {"prompt": "ab", "max_tokens": 1, "guided_json": schema}
+            started = time.monotonic()
+            assert roomy.http.post("/v1/completions", json=body, timeout=60).status_code == 200
+            took.append(time.monotonic() - started)
+    print(f"\nschemas: {min(took):.2f} to {max(took):.2f} s, p99 {1000 * probe.p99:.0f} ms")
+    assert probe.p99 < 0.1

@@ -20,7 +20,6 @@ from fastapi.routing import APIRoute
 
 from server import logs
 from server.app import BATCH_ROUTERS, OTHER_ROUTERS
-from server.frontend.client import EngineDeadError
 from server.tokenizer import Tokenizer
 from tests.api.batch_support import create, jsonl, line, wait_status
 from tests.api.support import LiveServer, Script, live_server, wait_until
@@ -276,8 +275,3 @@ def test_what_the_grammar_library_prints_when_it_panics_goes_nowhere(server: Liv
     children = psutil.Process().children()
     workers = [child for child in children if "server.frontend.grammar_worker" in child.cmdline()]
     assert {os.readlink(f"/proc/{worker.pid}/fd/2") for worker in workers} == {os.devnull}
-
-
-def test_a_death_of_the_engine_is_told_to_the_log_alone(server: LiveServer, log: Log) -> None:
-    server.script.inspection_error = EngineDeadError("signal 9 in /secret/path")
-    assert "/secret" not in server.http.get("/debug/engine").text

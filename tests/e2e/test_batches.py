@@ -69,7 +69,7 @@ def terminate(server: ServerProcess) -> None:
 def test_a_batch_survives_the_end_of_its_server(
     tiny_checkpoint: Path, tmp_path: Path, end: Callable[[ServerProcess], None]
 ) -> None:
-    options = (*OPTIONS, "--data-dir", str(tmp_path / "data"))
+    options = (*OPTIONS, "--data-dir", str(tmp_path / "data"), "--max-engine-restarts", "0")
     with running_server(tiny_checkpoint, *options) as server, server.client() as client:
         expected = client.post("/v1/completions", json={**BODY, "seed": 5}).json()["choices"]
         batch_id = start_batch(client)

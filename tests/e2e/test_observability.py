@@ -25,9 +25,11 @@ SCHEMA = {"type": "object", "properties": {"PROMPTCANARY": {"type": "integer"}},
 class Piped:
     """A server whose log goes to a pipe, which can be closed."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, keys: Path) -> None:
+        keys.write_text(json.dumps([{"name": "admin", "keys": ["KEYCANARY"], "admin": True}]))
         command = [sys.executable, "-m", "server", "serve", "--model", str(model), "--port", "0", *OPTIONS]
-        environment = {"GEMMA_SERVER_WEIGHT_CACHE": "false", "GEMMA_SERVER_API_KEY": "KEYCANARY"} | os.environ
+        command += ["--api-key-file", str(keys)]
+        environment = {"GEMMA_SERVER_WEIGHT_CACHE": "false"} | os.environ
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment
         )
@@ -65,8 +67,8 @@ class Piped:
 
 
 @pytest.fixture(scope="module")
-def piped(tiny_checkpoint: Path) -> Iterator[Piped]:
-    server = Piped(tiny_checkpoint)
+def piped(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Piped]:
+    server = Piped(tiny_checkpoint, tmp_path_factory.mktemp("keys") / "keys.json")
     yield server
     server.http.close()
     server.process.kill()

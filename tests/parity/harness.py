@@ -186,6 +186,8 @@ class Engine:
         pending = list(requests)
         order = [one.request_id for one in pending]
         generated: dict[str, list[int]] = {request_id: [] for request_id in order}
+        for request_id in order:
+            self.finish_reasons.pop(request_id, None)
         step = 0
         while pending or self.scheduler.has_work():
             while pending and (arrive_every == 0 or step % arrive_every == 0):

@@ -49,10 +49,6 @@ class Ask:
     is_canary: bool = False
 
     @property
-    def is_abandoned(self) -> bool:
-        return self.leaves_after_seconds is not None or self.leaves_after_chunks is not None
-
-    @property
     def content(self) -> bytes:
         return json.dumps(self.body).encode()
 

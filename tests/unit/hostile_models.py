@@ -23,7 +23,7 @@ from tests.fixtures_tokenizers import tiny_vocabulary
 REFUSALS = (ModelSourceError, ValueError, OSError)
 HUGE = 10**400
 MANY = settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,

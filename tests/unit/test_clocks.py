@@ -14,6 +14,9 @@ TIME_OF_DAY = {
     "server/api/responses.py": "`created` of an answer",
     "server/api/openai_responses/routes.py": "`created_at` of a response",
     "server/api/batches.py": "`created_at` and `expires_at` of a batch",
+    "server/api/terms.py": "when a limit is whole again, in a header",
+    "server/tracing.py": "the moments of spans",
+    "server/logs.py": "the time of a line",
     "server/batches/file_store.py": "`created_at` of a file",
     "server/batches/runner.py": "a batch's dates, which outlive the process and so its monotonic clock",
 }

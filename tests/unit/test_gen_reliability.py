@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tools import gen_reliability
 from tools.gen_reliability import Case, MarkedTest, MarkError, load_cases, marked_tests, problems
 
 SHOWN = Case("R01", "Requests", "an empty body", "400", "test")
@@ -78,25 +77,14 @@ def shown_by(*cases: str, marks: frozenset[str] = frozenset()) -> MarkedTest:
         (Case("R01", "", "", "", "sometimes"), [shown_by("R01")], "unknown tier"),  # type: ignore[arg-type]
     ],
 )
-def test_what_is_untrue_is_found(
-    monkeypatch: pytest.MonkeyPatch, case: Case, tests: list[MarkedTest], said: str
-) -> None:
-    monkeypatch.setattr(gen_reliability, "PENDING", frozenset[str]())
+def test_what_is_untrue_is_found(case: Case, tests: list[MarkedTest], said: str) -> None:
     (problem,) = problems([case], tests)
     assert said in problem
 
 
-def test_a_case_with_a_quick_test_or_a_reason_is_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gen_reliability, "PENDING", frozenset[str]())
+def test_a_case_with_a_quick_test_or_a_reason_is_in_order() -> None:
     reasoned = Case("R02", "", "", "", "release", untested="there is no image")
     assert problems([SHOWN, reasoned], [shown_by("R01"), shown_by("R01", marks=frozenset({"slow"}))]) == []
-
-
-def test_a_pending_case_may_wait_and_must_go_when_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gen_reliability, "PENDING", frozenset({"R01"}))
-    assert problems([SHOWN], []) == []
-    (problem,) = problems([SHOWN], [shown_by("R01")])
-    assert "PENDING" in problem
 
 
 def test_the_ids_are_in_order_and_none_is_left_out() -> None:

@@ -173,7 +173,7 @@ KEYS = [
 
 
 @pytest.mark.covers("S08")
-@settings(MANY, max_examples=150)
+@settings(MANY, max_examples=80)
 @given(
     model_type=st.sampled_from(["gemma", "gemma2", "gemma3_text"]),
     values=st.dictionaries(st.sampled_from(KEYS), STRANGE, min_size=1, max_size=3),

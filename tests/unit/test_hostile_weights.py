@@ -199,7 +199,7 @@ def gguf_metadata(gguf_content: bytes, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.covers("S07")
-@settings(MANY, max_examples=100)
+@settings(MANY, max_examples=50)
 @given(data=st.data())
 def test_no_metadata_of_a_gguf_file_gets_past_config_error(
     gguf_metadata: dict[str, Any], data: st.DataObject

@@ -14,7 +14,7 @@ from sse_starlette import ServerSentEvent
 from server.api.error_responses import anthropic_body
 from server.api.sse import EventFormat, named_event
 from server.engine.types import FinishReason
-from server.frontend.generation import UsageCounts
+from server.frontend.records import UsageCounts
 from server.frontend.tool_parser import ArgumentPiece, CallBegun, TextPiece
 from server.frontend.turn import TOOL_CALLS, Turn
 

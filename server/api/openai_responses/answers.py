@@ -7,7 +7,7 @@ from typing import Any, Literal
 from msgspec import UNSET, Struct, UnsetType
 
 from server.api.responses import ChatTokenLogprob
-from server.frontend.generation import UsageCounts
+from server.frontend.records import UsageCounts
 
 
 class OutputText(Struct, tag_field="type", tag="output_text"):

@@ -9,16 +9,9 @@ import pytest
 
 from server.api_keys import Limits, Tenant
 from server.errors import InvalidRequestError, RateLimitError
-from server.frontend.drain import MOST_SECONDS, DrainRate
-from server.frontend.limits import Account, Accounts
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from server.frontend.accounts import Account, Accounts
+from server.frontend.release_rate import MOST_SECONDS, ReleaseRate
+from tests.unit.clock import Clock
 
 
 @pytest.fixture
@@ -175,7 +168,7 @@ def test_what_was_reserved_under_other_limits_is_not_given_back_to_these(
 
 
 def test_the_wait_is_what_is_missing_over_what_comes_back(clock: Clock) -> None:
-    rate = DrainRate(clock)
+    rate = ReleaseRate(clock)
     for _ in range(100):
         clock.now += 0.5
         rate.add(1)
@@ -185,7 +178,7 @@ def test_the_wait_is_what_is_missing_over_what_comes_back(clock: Clock) -> None:
 
 
 def test_the_rate_is_known_from_the_first_seconds_on(clock: Clock) -> None:
-    rate = DrainRate(clock)
+    rate = ReleaseRate(clock)
     for _ in range(4):
         clock.now += 0.5
         rate.add(1)
@@ -193,7 +186,7 @@ def test_the_rate_is_known_from_the_first_seconds_on(clock: Clock) -> None:
 
 
 def test_a_rate_that_falls_is_noticed(clock: Clock) -> None:
-    rate = DrainRate(clock)
+    rate = ReleaseRate(clock)
     for _ in range(50):
         clock.now += 0.1
         rate.add(1)
@@ -203,7 +196,7 @@ def test_a_rate_that_falls_is_noticed(clock: Clock) -> None:
 
 
 def test_idle_time_is_no_slowness(clock: Clock) -> None:
-    rate = DrainRate(clock)
+    rate = ReleaseRate(clock)
     rate.add(1)
     clock.now += 3600
     rate.begin()
@@ -214,7 +207,7 @@ def test_idle_time_is_no_slowness(clock: Clock) -> None:
 
 
 def test_where_nothing_comes_back_the_wait_grows_with_the_time(clock: Clock) -> None:
-    rate = DrainRate(clock)
+    rate = ReleaseRate(clock)
     rate.begin()
     clock.now += 20
     assert rate.seconds_for(1) == 20

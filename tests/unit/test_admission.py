@@ -1,11 +1,11 @@
+"""Who is let in, and what those are told who are not."""
+
 from __future__ import annotations
 
 import pytest
 
-from server.errors import ContextLengthError, InvalidRequestError, QueueFullError
+from server.errors import InvalidRequestError, QueueFullError
 from server.frontend.admission import Admission
-from server.frontend.fitting import check_text_length, check_token_ids, resolve_max_tokens
-from tests.api.support import MAX_MODEL_LEN, MAX_SEQUENCE_TOKENS, VOCAB_SIZE, make_info
 
 
 def test_no_more_permits_than_the_limit() -> None:
@@ -113,30 +113,3 @@ def test_a_refusal_says_when_there_will_be_room_as_fast_as_room_was_made_lately(
     assert retry_after(1, 60) in range(8, 13)
     now += 10_000
     assert retry_after(8, 1) == 60
-
-
-def test_default_tokens_are_clipped_to_what_fits() -> None:
-    def resolve(num_prompt: int, default: int | None) -> int:
-        return resolve_max_tokens(
-            num_prompt, None, make_info(), param="prompt", max_tokens_param="max_tokens", default=default
-        )
-
-    assert resolve(10, None) == MAX_SEQUENCE_TOKENS - 10
-    assert resolve(10, 16) == 16
-    assert resolve(MAX_SEQUENCE_TOKENS - 1, 16) == 1
-    with pytest.raises(ContextLengthError):
-        resolve(MAX_SEQUENCE_TOKENS, 16)
-
-
-def test_ids_are_checked_against_the_embedding() -> None:
-    for ids in ([], [0, VOCAB_SIZE - 1]):
-        check_token_ids(ids, make_info(), "prompt")
-    for ids in ([-1], [0, VOCAB_SIZE]):
-        with pytest.raises(InvalidRequestError):
-            check_token_ids(ids, make_info(), "prompt")
-
-
-def test_a_text_s_length_bounds_its_tokens() -> None:
-    check_text_length(31 * MAX_MODEL_LEN, MAX_MODEL_LEN, "prompt")
-    with pytest.raises(ContextLengthError):
-        check_text_length(33 * MAX_MODEL_LEN, MAX_MODEL_LEN, "prompt")

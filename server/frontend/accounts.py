@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from server.api_keys import Limits, Tenant
 from server.errors import InvalidRequestError, RateLimitError
-from server.frontend.drain import DrainRate
+from server.frontend.release_rate import ReleaseRate
 
 SECONDS = 60.0
 """In the minute of the limits."""
@@ -94,7 +94,7 @@ class Charge:
 class Account:
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._returns = DrainRate(clock)
+        self._returns = ReleaseRate(clock)
         self.in_flight = 0
         self.apply(limits)
 

@@ -12,7 +12,7 @@ MOST_SECONDS = 60
 """Nobody is told to come back later than that."""
 
 
-class DrainRate:
+class ReleaseRate:
     """Counts what is given back while anything is in use. Times in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
