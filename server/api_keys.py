@@ -14,10 +14,9 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from server.config import OptionError, ServerConfig, is_loopback, yaml_problem
+from server.config import OptionError, ServerConfig, is_loopback, parse_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -157,9 +156,7 @@ def _unnamed(keys: list[str], where: str, config: ServerConfig) -> Iterator[tupl
 
 def _named(text: str, where: str, config: ServerConfig) -> Iterator[tuple[bytes, Tenant]]:
     try:
-        entries = _entries.validate_python(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise OptionError(f"{where}: {yaml_problem(error)}") from None
+        entries = _entries.validate_python(parse_yaml(text, where))
     except ValidationError as error:
         problem = error.errors(include_input=False)[0]
         # Where a name of a field is wrong it may be a key that is in the wrong place.
@@ -177,7 +174,10 @@ def _named(text: str, where: str, config: ServerConfig) -> Iterator[tuple[bytes,
 
 def _digest(key: str, where: str) -> bytes:
     if not key.startswith(HASHED):
-        return hashlib.sha256(key.encode()).digest()
+        try:
+            return hashlib.sha256(key.encode()).digest()
+        except UnicodeEncodeError:
+            raise OptionError(f"{where}: a key holds half a surrogate pair") from None
     try:
         digest = bytes.fromhex(key.removeprefix(HASHED))
     except ValueError:

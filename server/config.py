@@ -309,11 +309,16 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def yaml_problem(error: yaml.YAMLError) -> str:
-    """What is wrong with a file, without a word of it: it may hold keys."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"not valid YAML at line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
-    return "not valid YAML"
+def parse_yaml(text: str, where: str) -> Any:
+    """Raises OptionError that begins with `where`, and says nothing of the text: it may hold keys."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    except Exception:  # a scalar is made by int() or datetime, whose errors are their own
+        at = ""
+    raise OptionError(f"{where}: not valid YAML{at}")
 
 
 def option_name(field_name: str) -> str:
@@ -365,11 +370,10 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def _from_file(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--config {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise OptionError(f"--config {path}: {yaml_problem(error)}") from None
+    content = parse_yaml(text, f"--config {path}")
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -112,7 +112,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+        if self._has_no_request and not self.transport.is_closing():
             self._shared.waiting[self] = None
 
     def timeout_keep_alive_handler(self) -> None:
@@ -130,16 +130,23 @@ class Connection(H11Protocol):
         if self.transport.is_closing():
             return
         data, self._unfed = self._unfed[:SLICE_BYTES], self._unfed[SLICE_BYTES:]
+        super().data_received(data)
+        # Behind that, which resumes reading at the end of a body that was answered before. To read then would
+        # have this called more often than there are slices, and h11 takes no bytes for the connection's end.
         if self._unfed:
             self.transport.pause_reading()
             self.loop.call_soon(self._feed)
         elif not self.flow.read_paused:
             self.transport.resume_reading()
-        super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
+        if self._has_no_request:
             self._expect_headers()
         else:
             self._has_headers()
+
+    @property
+    def _has_no_request(self) -> bool:
+        """Whether nothing is left to answer: what comes is the next request, or a body behind its answer."""
+        return self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE
 
     def _expect_headers(self) -> None:
         if self._header_timer is None:
@@ -152,7 +159,7 @@ class Connection(H11Protocol):
             self._header_timer = None
 
     def _headers_are_late(self) -> None:
-        if self.conn.trailing_data[0]:
+        if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
             self._refuse(
                 RequestTimeoutError(f"The headers were not complete after {HEADER_SECONDS:g} seconds.")
             )

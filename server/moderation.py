@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from server.chat_template import ControlToken, RenderedChat
-from server.config import OptionError
+from server.config import OptionError, parse_yaml
 from server.tokenizer import BOS, END_OF_TURN, START_OF_TURN, Tokenizer
 
 YES, NO = "Yes", "No"
@@ -78,8 +77,9 @@ def load_policies(path: Path | None) -> tuple[Policy, ...]:
     if path is None:
         return BUILT_IN_POLICIES
     try:
-        policies = tuple(_policies.validate_python(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml(path.read_text(encoding="utf-8"), f"--moderation-policies {path}")
+        policies = tuple(_policies.validate_python(content))
+    except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--moderation-policies {path}: {error}") from None
     except ValidationError as error:
         problem = error.errors()[0]

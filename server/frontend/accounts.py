@@ -73,15 +73,21 @@ class TokenBucket:
 class Charge:
     """What a request holds of its tenant's limits."""
 
-    def __init__(self, account: Account, num_sequences: int, num_tokens: int) -> None:
+    def __init__(
+        self, account: Account, num_sequences: int, tokens: TokenBucket | None, num_tokens: int
+    ) -> None:
+        """`num_tokens` were taken from `tokens`, which the account may have replaced by another meanwhile."""
         self._account = account
         self._num_sequences = num_sequences
+        self._tokens = tokens
         self._num_tokens = num_tokens
 
     def settle(self, num_used: int) -> None:
         """All is over, and took `num_used` tokens. Again does no harm."""
         if self._num_sequences:
-            self._account._settle(self._num_sequences, self._num_tokens - num_used)
+            self._account._settle(self._num_sequences)
+            if self._tokens is not None:
+                self._tokens.give_back(self._num_tokens - num_used)
         self._num_sequences = 0
 
 
@@ -126,7 +132,7 @@ class Account:
         if self.in_flight == 0:
             self._returns.begin()
         self.in_flight += num_sequences
-        return Charge(self, num_sequences, num_tokens)
+        return Charge(self, num_sequences, self._tokens, num_tokens)
 
     @property
     def requests(self) -> Quota | None:
@@ -154,11 +160,9 @@ class Account:
                 retry_after=math.ceil(seconds),
             )
 
-    def _settle(self, num_sequences: int, num_unused: int) -> None:
+    def _settle(self, num_sequences: int) -> None:
         self.in_flight -= num_sequences
         self._returns.add(num_sequences)
-        if self._tokens is not None:
-            self._tokens.give_back(num_unused)
 
 
 class Accounts:

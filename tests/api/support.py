@@ -342,6 +342,7 @@ def live_server(
     max_model_len: int = MAX_MODEL_LEN,
     tokenizer: Tokenizer = TOKENIZER,
     tracer: RequestTracer | None = None,
+    make_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
     **options: Any,
 ) -> Iterator[LiveServer]:
     engine = FakeEngineClient()
@@ -357,7 +358,12 @@ def live_server(
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         server = HttpServer(create_app(runtime, store, tracer=tracer), runtime)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+
+        def run() -> None:
+            with asyncio.Runner(loop_factory=make_loop) as runner:
+                runner.run(server.serve(sockets=[listener]))
+
+        thread = threading.Thread(target=run, daemon=True)
         live = LiveServer(server, runtime, engine, port, thread)
         thread.start()
         wait_until(lambda: server.started)

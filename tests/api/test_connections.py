@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+import uvloop
 
 from tests.api.loop_probe import LoopMeter
 from tests.api.raw_http import GET, is_closed, post, response_of, send_request
@@ -71,6 +72,32 @@ def test_the_second_request_of_a_connection_has_to_hurry_too(impatient: LiveServ
         time.sleep(0.4)  # longer than headers may take, and not as long as a connection may be idle
         sock.sendall(GET[:10])
         assert response_of(sock).status == 408
+
+
+@pytest.mark.covers("H02")
+@pytest.mark.parametrize("header", [b"Content-Length: 1000000", b"Transfer-Encoding: chunked"])
+def test_a_body_that_trickles_in_behind_its_answer_is_given_up(impatient: LiveServer, header: bytes) -> None:
+    with impatient.connect() as sock:
+        sock.sendall(b"POST /nope HTTP/1.1\r\nHost: localhost\r\n" + header + b"\r\n\r\n")
+        answer = response_of(sock)
+        assert answer.status == 404
+        answer.read()
+        sock.sendall(b"9")
+        sock.settimeout(3)
+        assert sock.recv(100) == b""
+
+
+@pytest.mark.covers("H12")
+def test_whose_request_is_answered_makes_room_even_if_its_body_goes_on() -> None:
+    with live_server() as server:
+        server.http_server.connections.most = 1
+        with server.connect() as sock:
+            sock.sendall(post("/nope", b"9", announced=1_000_000))
+            assert response_of(sock).status == 404
+            with server.connect() as other:
+                other.sendall(GET)
+                assert response_of(other).status == 200
+            assert is_closed(sock)
 
 
 def test_an_idle_connection_is_kept_and_in_the_end_closed(impatient: LiveServer) -> None:
@@ -202,6 +229,25 @@ def test_a_body_in_tiny_chunks_is_read_and_holds_up_nobody(
         assert answer.status == 400
         assert "40000 characters" in json.loads(answer.read())["error"]["message"]
     assert 0 < meter.worst < 0.1  # all of it takes several times as long
+
+
+@pytest.mark.covers("R07", "H04")
+def test_a_body_that_comes_after_its_answer_holds_up_nobody() -> None:
+    late, next_one = b"x" * 10_000, b"x" * 1_000_000
+    # What users run on: asyncio's own loop does not read between two of its turns.
+    with live_server(make_loop=uvloop.new_event_loop) as server, server.connect() as sock:
+        sock.sendall(post("/nope", b"", announced=len(late)))
+        answer = response_of(sock)
+        assert answer.status == 404
+        answer.read()
+        sock.sendall(late + post("/nope", next_one) + GET)
+        statuses = []
+        for _ in range(2):
+            answer = response_of(sock)
+            answer.read()
+            statuses.append(answer.status)
+        assert statuses == [404, 200]
+        assert server.complete().status_code == 200
 
 
 @pytest.mark.covers("H04")

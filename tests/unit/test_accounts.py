@@ -150,6 +150,20 @@ def test_new_limits_hold_at_once_and_keep_what_is_in_flight() -> None:
     assert after.tokens.remaining == 100
 
 
+@pytest.mark.parametrize("before", [None, 6000])
+def test_what_was_reserved_under_other_limits_is_not_given_back_to_these(
+    clock: Clock, before: int | None
+) -> None:
+    changed = Account(Limits(tokens_per_minute=before), clock)
+    old = changed.charge(1, 3000)
+    changed.apply(Limits(tokens_per_minute=600))
+    changed.charge(1, 500)
+    old.settle(10)
+    assert changed.tokens is not None
+    assert changed.tokens.remaining == 100
+    assert changed.in_flight == 1
+
+
 # --- how long until there is room --------------------------------------------------------------------------
 
 
