@@ -162,12 +162,12 @@ def test_probes_are_quick_while_large_things_are_asked_for(roomy: LiveServer) ->
 
 @pytest.mark.slow
 @pytest.mark.covers("E09")
-def test_probes_are_quick_while_schemas_compile_for_a_second_each(roomy: LiveServer) -> None:
+def test_probes_are_quick_while_the_largest_schemas_compile(roomy: LiveServer) -> None:
     from tests.api.loop_probe import LoopProbe
 
     kinds = [
         {"type": "object", "properties": {f"k{i}": {"type": "integer", "minimum": i}}, "required": [f"k{i}"]}
-        for i in range(1000)
+        for i in range(2400)
     ]
     took = []
     with LoopProbe(roomy.url) as probe:
@@ -175,7 +175,8 @@ def test_probes_are_quick_while_schemas_compile_for_a_second_each(roomy: LiveSer
             schema = {"title": f"never seen: {number}", "items": {"anyOf": kinds}, "type": "array"}
             body = {"prompt": "ab", "max_tokens": 1, "guided_json": schema}
             started = time.monotonic()
-            assert roomy.http.post("/v1/completions", json=body, timeout=60).status_code == 200
+            # 400 where the machine is so busy that compiling reaches its limit.
+            assert roomy.http.post("/v1/completions", json=body, timeout=60).status_code in (200, 400)
             took.append(time.monotonic() - started)
     print(f"\nschemas: {min(took):.2f} to {max(took):.2f} s, p99 {1000 * probe.p99:.0f} ms")
     assert probe.p99 < 0.1
