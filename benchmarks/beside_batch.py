@@ -16,14 +16,14 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import httpx
 
 from benchmarks.load import LoadSettings, first_model, run_load
 from benchmarks.machine import describe_machine
-from benchmarks.serve import RESULTS, serving
+from benchmarks.output import run_to_file
+from benchmarks.serve import serving
 from benchmarks.stats import Report
 
 _ROUNDS = 3
@@ -124,16 +124,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench-batch", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
     arguments, server_options = parser.parse_known_args()
-    try:
-        result = asyncio.run(_measure(server_options, arguments))
-    except (RuntimeError, httpx.HTTPError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    path: Path = RESULTS / f"batch-{time.strftime('%Y-%m-%dT%H%M%S')}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {path}")
-    return 0
+    return run_to_file("batch", _measure(server_options, arguments))
 
 
 if __name__ == "__main__":

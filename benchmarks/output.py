@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from benchmarks.machine import describe_machine
+from benchmarks.serve import RESULTS
 from benchmarks.stats import Report, Summary
 
 _COLUMNS = (
@@ -54,6 +59,20 @@ def _cells(summary: Summary) -> tuple[str, str, str]:
 
 def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
+
+
+def run_to_file(name: str, measurement: Coroutine[None, None, dict[str, Any]]) -> int:
+    """Run `measurement`, and write what it found to `benchmarks/results/NAME-<time>.json`. The exit code."""
+    try:
+        result = asyncio.run(measurement)
+    except (RuntimeError, httpx.HTTPError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    path = RESULTS / f"{name}-{time.strftime('%Y-%m-%dT%H%M%S')}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+    return 0
 
 
 def write_results(path: Path, reports: Sequence[Report], server: dict[str, Any]) -> None:

@@ -86,6 +86,14 @@ class ServerProcess:
     def wait_exit(self, seconds: float = 20.0) -> int:
         return self.process.wait(seconds)
 
+    def assert_refuses(self, said: str) -> None:
+        """It ends before it serves, and says so and why in one line."""
+        assert self.wait_exit(60) == 78
+        errors = [line for line in self.log.splitlines() if " ERROR " in line]
+        assert len(errors) == 1
+        assert said in errors[0]
+        assert "Traceback" not in self.log
+
     def metric(self, name: str) -> float:
         """The sum of a metric's series."""
         with self.client() as client:

@@ -38,10 +38,6 @@ def test_a_hostile_model_is_refused_in_one_line(
     damage(model)
     server = ServerProcess(model, "--dtype", "float32")
     try:
-        assert server.wait_exit(60) == 78
-        errors = [line for line in server.log.splitlines() if " ERROR " in line]
-        assert len(errors) == 1
-        assert said in errors[0]
-        assert "Traceback" not in server.log
+        server.assert_refuses(said)
     finally:
         server.close()
