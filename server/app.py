@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
@@ -24,11 +25,13 @@ from server.api import (
     prometheus,
     render,
     tokenize,
+    vertex,
 )
 from server.api.anthropic import routes as anthropic
-from server.api.auth import ApiKeyMiddleware
+from server.api.auth import OPEN_PATHS, ApiKeyMiddleware
 from server.api.dispatch import RouteRequests
 from server.api.hosts import HostMiddleware
+from server.api.inner import InnerRoutes
 from server.api.middleware import RequestContextMiddleware
 from server.api.openai_responses import routes as openai_responses
 from server.api_keys import KeyRing
@@ -102,7 +105,11 @@ def create_app(
     app.state.admission = Admission(config.max_queued_requests, config.max_queued_tokens)
     # The last one added is the outermost.
     app.add_middleware(HostMiddleware, bound_to=config.host, allowed=config.allowed_hosts)
-    app.add_middleware(ApiKeyMiddleware, keys=app.state.keys)
+    app.add_middleware(
+        ApiKeyMiddleware,
+        keys=app.state.keys,
+        open_paths=OPEN_PATHS | ({config.health_route} - _paths_of((*BATCH_ROUTERS, *OTHER_ROUTERS))),
+    )
     if config.allowed_origins:
         # Outside of the keys, since browsers ask whether they may send one without sending it.
         app.add_middleware(
@@ -118,12 +125,18 @@ def create_app(
         access_log=not config.disable_access_log,
     )
     error_handlers.install(app)
-    for router in (*BATCH_ROUTERS, *OTHER_ROUTERS):
+    # Last come the routes that an option names: at a path that is there already they change nothing.
+    for router in (*BATCH_ROUTERS, *OTHER_ROUTERS, *vertex.routers(config)):
         app.include_router(router)
-    app.state.requests = RouteRequests(app, runtime, BATCH_ROUTERS)
+    app.state.routes = InnerRoutes(app)
+    app.state.requests = RouteRequests(app.state.routes, runtime, app.state.admission, BATCH_ROUTERS)
     app.state.batches = None if store is None else _runner(store, app.state.requests, runtime)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     return app
+
+
+def _paths_of(routers: Iterable[APIRouter]) -> set[str]:
+    return {route.path for router in routers for route in router.routes if isinstance(route, APIRoute)}
 
 
 def _runner(store: Store, requests: RouteRequests, runtime: Runtime) -> BatchRunner:

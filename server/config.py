@@ -2,8 +2,9 @@
 
 `ServerConfig`'s fields are the command line's options (`--max-model-len`), the environment's variables
 (`GEMMA_SERVER_MAX_MODEL_LEN`) and the keys of a `--config` YAML file (`max-model-len` or `max_model_len`).
-The command line wins over the environment, the environment over the file, the file over the default.
-Options that vLLM also has carry vLLM's names.
+The command line wins over the environment, the environment over the file, the file over the default. What
+Vertex AI says in its own variables (`server/vertex_environment.py`) comes between the environment and the
+file. Options that vLLM also has carry vLLM's names.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from server.vertex_environment import vertex_options
+
 ENV_PREFIX = "GEMMA_SERVER_"
+_ROUTE = r"^/[A-Za-z0-9._~:@/-]+$"
 
 
 class OptionError(ValueError):
@@ -211,6 +215,17 @@ class ServerConfig(BaseModel):
     max_body_bytes: int = Field(
         16 << 20, ge=1024, description="Largest request body; a larger one is refused with 413."
     )
+    health_route: str | None = Field(
+        None,
+        pattern=_ROUTE,
+        description="One more path that answers as /readyz does. On Vertex AI its AIP_HEALTH_ROUTE.",
+    )
+    predict_route: str | None = Field(
+        None,
+        pattern=_ROUTE,
+        description="Path that takes Vertex AI's `instances`, and the bodies of /v1/chat/completions and "
+        "/v1/completions. On Vertex AI its AIP_PREDICT_ROUTE.",
+    )
     data_dir: Path | None = Field(
         None,
         description="Where files and batches of clients are kept, which must outlive the server; without it, "
@@ -287,6 +302,8 @@ def load_config(arguments: Sequence[str], environment: Mapping[str, str] | None 
 
     if config_file:
         take(_from_file(config_file), lambda name: f"{config_file}: {name}")
+    of_vertex, variables = vertex_options(environment)
+    take(of_vertex, lambda name: f"environment variable {variables[name]}")
     take(_from_environment(environment), lambda name: f"environment variable {variable_name(name)}")
     take(given, option_name)
     try:

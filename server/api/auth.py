@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.error_responses import error_response, is_anthropic, no_such_route
 from server.api_keys import KeyRing
 from server.errors import ApiError, AuthenticationError, PermissionDeniedError
 
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/startupz", "/health", "/metrics"})
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/startupz", "/health", "/ping", "/metrics"})
 """What probes and scrapers, which carry no key, may ask for. All else needs a key, routes to come included."""
 ADMIN_PREFIX = "/debug/"
 """What is behind it is there for admins' keys alone."""
@@ -21,12 +23,13 @@ class ApiKeyMiddleware:
     state.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, open_paths: Collection[str | None]) -> None:
         self._app = app
         self._keys = keys
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and scope["path"] not in self._open_paths:
             error = self._refusal(scope)
             if error is not None:
                 await error_response(error, scope["path"])(scope, receive, send)

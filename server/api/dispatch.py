@@ -1,24 +1,20 @@
 """Requests that come from a file instead of a socket, through the very routes that clients use.
 
-Below the middleware: there is no key to check, since the owner's was checked with the file, and no access to
-log. Everything else, from the body's limits to the shape of an error, is the routes' own.
+There is no key to check, since the owner's was checked with the file, and no access to log.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 import uuid
 from collections.abc import Collection, Iterable
 
-from fastapi import APIRouter, FastAPI
-from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
+from fastapi import APIRouter
 from fastapi.routing import APIRoute
-from starlette.middleware.exceptions import ExceptionMiddleware
-from starlette.types import Message, Receive, Scope
 
 from server.api.ignored_fields import HEADER
+from server.api.inner import InnerRoutes
 from server.api.responses import encode
 from server.api.terms import Terms
 from server.api_keys import Limits, Tenant
@@ -40,18 +36,18 @@ IDLE_SECONDS = 0.5
 class RouteRequests:
     """Answers lines of batches (`server.batches.runner.Requests`)."""
 
-    def __init__(self, app: FastAPI, runtime: Runtime, routers: Iterable[APIRouter]) -> None:
-        """Lines may ask for what `routers`, which are part of `app`, answer at fixed paths to a POST."""
-        self._app = app
+    def __init__(
+        self, routes: InnerRoutes, runtime: Runtime, admission: Admission, routers: Iterable[APIRouter]
+    ) -> None:
+        """Lines may ask for what `routers`, which are among `routes`, answer at fixed paths to a POST.
+        `admission` is that of clients."""
+        self._routes = routes
         self._runtime = runtime
-        self._admission: Admission = app.state.admission
+        self._admission = admission
         # Their own bound: however many lines run, no client finds the queue full for it. Limits of a key and
         # deadlines are for who waits for an answer: lines run in what is left, and a batch has a day.
         self._own_admission = Admission(runtime.config.max_queued_requests)
         self._own_account = Account(Limits())
-        self._answering = ExceptionMiddleware(
-            AsyncExitStackMiddleware(app.router), handlers=app.exception_handlers
-        )
         self.urls = post_paths(routers)
 
     def model_names(self) -> Collection[str] | None:
@@ -65,31 +61,15 @@ class RouteRequests:
         """The route's answer, which is no stream. `owner` is the id of a tenant."""
         request_id, tenant = uuid.uuid4().hex, Tenant(owner)
         token = request_scope.set(RequestScope(request_id))
-        collector = _Collector()
-        scope: Scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "POST",
-            "scheme": "http",
-            "path": url,
-            "raw_path": url.encode(),
-            "root_path": "",
-            "query_string": b"",
-            "headers": [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))],
-            "client": None,
-            "server": None,
-            "app": self._app,
-            "state": {
-                "request_id": request_id,
-                "arrival": time.monotonic(),
-                "client_left": False,
-                "tenant": tenant,
-                "terms": Terms(tenant, self._own_admission, self._own_account, least_priority=PRIORITY),
-            },
+        state = {
+            "request_id": request_id,
+            "arrival": time.monotonic(),
+            "client_left": False,
+            "tenant": tenant,
+            "terms": Terms(tenant, self._own_admission, self._own_account, least_priority=PRIORITY),
         }
         try:
-            await self._answering(scope, _sent_once(body), collector.send)
+            answer = await self._routes.answer(url, body, state)
         except Exception:  # whatever a route failed to expect is this line's error, and one in the log
             logger.exception("request %s of a batch failed", request_id)
             error: ApiError = InternalError(request_id)
@@ -97,10 +77,10 @@ class RouteRequests:
         finally:
             request_scope.reset(token)
         return Answer(
-            collector.status,
-            bytes(collector.body),
+            answer.status,
+            bytes(answer.body),
             request_id,
-            collector.headers.get(HEADER.encode(), b"").decode("latin-1"),
+            answer.headers.get(HEADER.encode(), b"").decode("latin-1"),
         )
 
 
@@ -112,30 +92,3 @@ def post_paths(routers: Iterable[APIRouter]) -> frozenset[str]:
         for route in router.routes
         if isinstance(route, APIRoute) and "POST" in (route.methods or ()) and "{" not in route.path
     )
-
-
-class _Collector:
-    def __init__(self) -> None:
-        self.status = 0
-        self.headers: dict[bytes, bytes] = {}
-        self.body = bytearray()
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            self.headers = dict(message["headers"])
-        elif message["type"] == "http.response.body":
-            self.body += message.get("body", b"")
-
-
-def _sent_once(body: bytes) -> Receive:
-    """The body as one message; a client that then waits for ever."""
-    waiting = asyncio.Event()
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Message:
-        if not messages:
-            await waiting.wait()
-        return messages.pop()
-
-    return receive

@@ -2,8 +2,8 @@
 
 - /livez: should the process be left alone? Its event loop answers, and it has not given up on its engine.
 - /startupz: is the load over? 503 before, with how far it is.
-- /readyz, and /health as vLLM calls it: should traffic come here? The model is loaded, its engine shows signs
-  of life, and the server was not told to end.
+- /readyz, /health as vLLM calls it, /ping as Model Garden does: should traffic come here? The model is
+  loaded, its engine shows signs of life, and the server was not told to end.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ async def startupz(request: Request) -> Response:
 
 @router.get("/readyz", summary="Can requests be served?")
 @router.get("/health", summary="Can requests be served?")
+@router.get("/ping", summary="Can requests be served?")
 async def readyz(request: Request) -> Response:
     runtime = runtime_of(request)
     return _probe(runtime, passes=runtime.phase is Phase.READY and not runtime.is_draining)

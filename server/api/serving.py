@@ -160,14 +160,15 @@ def stream(
 async def answer(
     request: Request, generation: Generation, work: Coroutine[None, None, object], headers: dict[str, str]
 ) -> Response:
-    """The result of `work`, which reads `generation`. A client that leaves ends it: raises ClientDisconnect."""
+    """The result of `work`, which reads `generation`, as an answer. Raises as `unless_disconnected` does."""
     try:
-        return json_response(await _unless_disconnected(request, work), headers=headers)
+        return json_response(await unless_disconnected(request, work), headers=headers)
     finally:
         generation.release()
 
 
-async def _unless_disconnected(request: Request, work: Coroutine[None, None, Result]) -> Result:
+async def unless_disconnected(request: Request, work: Coroutine[None, None, Result]) -> Result:
+    """The result of `work`, which a client that leaves ends: raises ClientDisconnect."""
     working = asyncio.create_task(work)
     watching = asyncio.create_task(_disconnected(request))
     try:

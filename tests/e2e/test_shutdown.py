@@ -132,14 +132,6 @@ def test_a_signal_while_the_server_starts_ends_it_and_all_it_started(
         server.close()
 
 
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 @pytest.fixture(params=["full", "closed"])
 def broken_log(request: pytest.FixtureRequest) -> Iterator[int]:
     """A file descriptor that takes nothing: of a full disk, or of a pipe whose reader has left."""
