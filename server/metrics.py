@@ -86,6 +86,9 @@ class Metrics:
             "1 once the model is loaded and the engine has answered.",
             registry=self.registry,
         )
+        self.download_bytes = Counter(
+            "gemma_model_download_bytes", "Bytes of the model that were downloaded.", registry=self.registry
+        )
         self._engine: EngineMetrics | None = None
         self._requests: RequestMetrics | None = None
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 EMBEDDED = "embedded"
 
+_GCS = "gs://"
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?::(?P<file>{_NAME}\.gguf))?")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
@@ -54,7 +56,8 @@ def resolve(
     download_dir: Path | None = None,
     progress: Callable[[DownloadProgress], None] = lambda _: None,
 ) -> ModelFiles:
-    """Find the files of `model`: a directory, a .gguf file, `embedded`, or a Hugging Face id.
+    """Find the files of `model`: a directory, a .gguf file, a gs:// address of one of these two, `embedded`, or
+    a Hugging Face id.
 
     An id is `org/name`, or `org/name:file.gguf` for one file of a repository; `revision` is its branch, tag or
     commit. `download_dir` replaces the Hugging Face cache. `progress` is called while files are downloaded;
@@ -64,6 +67,8 @@ def resolve(
         from server import embedded_model  # which imports this module
 
         return ModelFiles(embedded_model.locate(), None, embedded_model.MODEL_NAME)
+    if model.startswith(_GCS):
+        return _in_bucket(model, revision, download_dir, progress)
     path = Path(os.path.expanduser(model))
     if model and path.is_dir():
         return _in_directory(path, path.resolve().name)
@@ -75,7 +80,7 @@ def resolve(
     if match is None or ".." in model:
         raise ModelSourceError(
             f"--model {model!r}: no such file or directory, and not a Hugging Face id (org/name or "
-            f"org/name:file.gguf) or {EMBEDDED!r}"
+            f"org/name:file.gguf), a gs:// address or {EMBEDDED!r}"
         )
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise ModelSourceError(f"--revision {revision!r} is not the name of a branch, tag or commit")
@@ -86,6 +91,27 @@ def resolve(
     if file is not None:
         return ModelFiles(directory / file, None, repo)
     return _in_directory(directory, repo)
+
+
+def _in_bucket(
+    model: str, revision: str | None, download_dir: Path | None, progress: Callable[[DownloadProgress], None]
+) -> ModelFiles:
+    if revision is not None:
+        raise ModelSourceError("--revision is for Hugging Face ids; a gs:// address has none")
+    bucket, _, path = model.removeprefix(_GCS).partition("/")
+    parts = path.rstrip("/").split("/") if path.rstrip("/") else []
+    if not _BUCKET.fullmatch(bucket) or any(part in ("", ".", "..") or "\0" in part for part in parts):
+        raise ModelSourceError(f"--model {model!r}: not an address of the form gs://BUCKET/DIRECTORY")
+    try:
+        from server import gcs_download  # which imports this module
+    except ImportError as error:
+        reason = f"--model {model} needs the client of Cloud Storage: pip install 'gemma-server[gcs]'"
+        raise ModelSourceError(reason) from error
+    found = gcs_download.fetch(bucket, "/".join(parts), download_dir, progress)
+    name = parts[-1] if parts else bucket
+    if found.is_dir():
+        return _in_directory(found, name)
+    return ModelFiles(found, None, name.removesuffix(".gguf"))
 
 
 def _in_directory(directory: Path, name: str) -> ModelFiles:

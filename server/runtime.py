@@ -66,6 +66,8 @@ class Runtime:
         """While STARTING or RESTARTING what is being done, for people; when FAILED why."""
         self.fraction = 0.0
         """0..1 of the stage."""
+        self.download: DownloadProgress | None = None
+        """Of the model, once it has begun."""
         self.exit_code = 0
         self.is_draining = False
         """The server was told to end: whoever balances requests should look for another."""
@@ -164,6 +166,9 @@ class Runtime:
         return self.model.tokenizer, self.model.info.vocab_size
 
     def _on_download(self, progress: DownloadProgress) -> None:
+        before = 0 if self.download is None else self.download.done_bytes
+        self.metrics.download_bytes.inc(max(0, progress.done_bytes - before))
+        self.download = progress
         self.stage = "download"
         self.fraction = progress.fraction
 

@@ -50,6 +50,9 @@ def _probe(runtime: Runtime, *, passes: bool) -> Response:
     # A failure's reason may name paths; probes need no key, so that it is only in the log.
     if runtime.phase in (Phase.STARTING, Phase.RESTARTING):
         progress.stage, progress.fraction = runtime.stage, runtime.fraction
+        if runtime.download is not None:
+            progress.downloaded_bytes = runtime.download.done_bytes
+            progress.download_bytes = runtime.download.total_bytes
     if passes:
         return json_response(progress)
     return json_response(progress, status=503, headers={"retry-after": str(RETRY_AFTER_LOADING_SECONDS)})

@@ -237,3 +237,6 @@ class Progress(Struct):
     status: str
     stage: str | UnsetType = UNSET
     fraction: float | UnsetType = UNSET
+    downloaded_bytes: int | UnsetType = UNSET
+    download_bytes: int | UnsetType = UNSET
+    """Of which those are a part."""
