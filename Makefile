@@ -74,6 +74,10 @@ bench-peers: $(DEV)  ## Measure vLLM, llama.cpp and this server in one run for d
 rolling-restart: $(DEV)  ## Restart two replicas in turn behind HAProxy, while 80 streams run
 	@$(BIN)/python -m pytest -m slow -s tests/e2e/test_rolling_restart.py $(ARGS)
 
+.PHONY: image-check
+image-check: $(DEV)  ## Build the container image without an engine, and run it read-only and without rights
+	@$(BIN)/python -m pytest -m slow -s tests/deploy/test_image.py $(ARGS)
+
 .PHONY: fuzz
 fuzz: $(DEV)  ## 5,000 requests made from the OpenAPI document, right and wrong ones, to a real server
 	@$(BIN)/python -m pytest -m slow tests/fuzz $(ARGS)

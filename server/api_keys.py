@@ -98,7 +98,8 @@ def check_exposure(config: ServerConfig, keys: KeyRing) -> None:
         return
     raise OptionError(
         f"--host {config.host} lets other machines in, and no API key is asked for: name a file of keys with "
-        "--api-key-file, or say --allow-unauthenticated if something in front of the server checks who asks."
+        "--api-key-file, or a key in GEMMA_SERVER_API_KEY, or say --allow-unauthenticated (in a container, "
+        "GEMMA_SERVER_ALLOW_UNAUTHENTICATED=true) if something in front of the server checks who asks."
     )
 
 
