@@ -16,11 +16,13 @@ UV_VERSION := 0.13.9
 
 BIN := $(VENV)/bin
 # --no-deps everywhere: the locks are complete. -qq leaves errors only.
-INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --root-user-action=ignore --no-deps
+PIP_INSTALL := -m pip -qq --disable-pip-version-check install --root-user-action=ignore --no-deps
+INSTALL := $(BIN)/python $(PIP_INSTALL)
 CREATED := $(VENV)/.created
 TORCH := $(VENV)/.torch-$(TORCH_BUILD)
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
+DEPLOY_TOOLS := $(VENV)/.deploy
 
 .PHONY: help
 help:  ## List the verbs
@@ -103,11 +105,16 @@ conformance-peers: $(DEV)  ## Ask llama.cpp's server, too, and write docs/confor
 test-sdk: $(DEV)  ## Run the official SDKs and an agent framework against the embedded model; Node's comes from npm
 	@$(BIN)/python -m pytest -m "not gpu and not network" tests/sdk $(ARGS)
 
+.PHONY: deploy-check
+deploy-check: $(DEV) $(DEPLOY_TOOLS)  ## Build all manifests, lint and validate them and the Dockerfile; CRDS=DIR has schemas of custom resources
+	@$(BIN)/python -m tools.deploy_check --tools $(VENV)/deploy/bin $(if $(CRDS),--crds $(CRDS)) $(ARGS)
+
 .PHONY: docs
-docs: $(DEV)  ## Write docs/options.md, docs/limits.md and docs/reliability.md from what they are made of
+docs: $(DEV)  ## Write the pages and manifests that are made from something else: options, limits, reliability, rules
 	@$(BIN)/python -m tools.gen_options
 	@$(BIN)/python -m tools.gen_limits
 	@$(BIN)/python -m tools.gen_reliability
+	@$(BIN)/python -m tools.gen_rules
 
 .PHONY: setup
 setup: $(DEV)  ## Make the environment for development, and the git hook
@@ -121,6 +128,7 @@ lock: $(VENV)/.uv  ## Resolve requirements/*.lock anew (UPGRADE=--upgrade takes 
 	    pyproject.toml requirements/torch-deps.in -o requirements/dev.lock
 	$(LOCK) --python-platform x86_64-manylinux_2_28 -c requirements/runtime.lock $(CARRIED_BY_RUNTIME:%=--no-emit-package %) \
 	    requirements/torch-cuda.in -o requirements/torch-cuda.lock
+	$(LOCK) --universal requirements/deploy-tools.in -o requirements/deploy-tools.lock
 
 UPGRADE ?=
 LOCK = $(VENV)/uv/bin/uv pip compile --quiet --python-version 3.11 --generate-hashes --custom-compile-command "make lock" $(UPGRADE)
@@ -163,6 +171,13 @@ $(RUNTIME): requirements/runtime.lock pyproject.toml $(TORCH)
 $(DEV): requirements/dev.lock $(RUNTIME)
 	@echo "Installing the development tools (once)"
 	@$(INSTALL) --require-hashes -r requirements/dev.lock
+	@touch $@
+
+# Apart, since checkov pins other versions of what the development tools have, too.
+$(DEPLOY_TOOLS): requirements/deploy-tools.lock $(CREATED)
+	@echo "Installing the tools that check manifests (once, in an environment of their own)"
+	@$(PYTHON) -m venv --clear $(VENV)/deploy
+	@$(VENV)/deploy/bin/python $(PIP_INSTALL) --require-hashes -r requirements/deploy-tools.lock
 	@touch $@
 
 $(VENV)/.uv: $(CREATED) Makefile
