@@ -113,6 +113,7 @@ deploy-check: $(DEV) $(DEPLOY_TOOLS)  ## Build all manifests, lint and validate 
 docs: $(DEV)  ## Write the pages and manifests that are made from something else: options, limits, reliability, rules
 	@$(BIN)/python -m tools.gen_options
 	@$(BIN)/python -m tools.gen_limits
+	@$(BIN)/python -m tools.gen_dashboard
 	@$(BIN)/python -m tools.gen_reliability
 	@$(BIN)/python -m tools.gen_rules
 

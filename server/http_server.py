@@ -112,6 +112,7 @@ class HttpServer(uvicorn.Server):
         config, runtime = self._runtime.config, self._runtime
         logger.info("shutting down: %d requests in flight", self.num_in_flight)
         runtime.is_draining = True
+        runtime.metrics.draining.set(1)
         self._close_connections_with_their_answers()
         await asyncio.sleep(config.shutdown_delay)
         runtime.takes_requests = False

@@ -10,6 +10,7 @@ Laws:
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -86,6 +87,7 @@ class Metrics:
             "1 once the model is loaded and the engine has answered.",
             registry=self.registry,
         )
+        self.draining = Gauge("gemma_draining", "1 once the server was told to end.", registry=self.registry)
         self.download_bytes = Counter(
             "gemma_model_download_bytes", "Bytes of the model that were downloaded.", registry=self.registry
         )
@@ -113,9 +115,9 @@ class Metrics:
         Gauge(
             "gemma_build_info",
             "Always 1; the labels tell.",
-            ("version", "device", "dtype", "quantization"),
+            ("version", "torch", "device", "dtype", "quantization"),
             registry=registry,
-        ).labels(__version__, info.device, info.dtype, info.quantization).set(1)
+        ).labels(__version__, version("torch"), info.device, info.dtype, info.quantization).set(1)
         Gauge(
             "vllm:cache_config_info",
             "Always 1; the labels tell how the KV cache is laid out.",

@@ -310,7 +310,7 @@ def test_the_names_that_others_ask_for_are_there(server: LiveServer) -> None:
 
 def test_build_and_load_are_told(server: LiveServer) -> None:
     text = server.http.get("/metrics").text
-    assert 'gemma_build_info{device="cpu",dtype="float32",quantization="none",version=' in text
+    assert 'gemma_build_info{device="cpu",dtype="float32",quantization="none",torch="' in text
     assert server.metric("gemma_model_loaded") == 1
     assert server.metric("gemma_model_load_seconds") == 1.5
     assert server.metric("process_start_time_seconds") > 0
