@@ -331,7 +331,7 @@ class _File:
 def _side_by_side(work: Callable[[int], None], items: Iterable[int]) -> None:
     """Call `work` with each of the items, in NUM_THREADS threads; raises what the first failure raised.
 
-    The threads are daemons, which an executor's are not: a server that is told to end does not wait for the file.
+    The threads are daemons, which an executor's are not: a server told to end does not wait for the file.
     """
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     failures: list[BaseException] = []
