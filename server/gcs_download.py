@@ -21,10 +21,10 @@ import fcntl
 import json
 import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from urllib.parse import quote
 import requests
 import urllib3
 from google.api_core import exceptions
-from google.auth.exceptions import GoogleAuthError
+from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 from google.cloud.storage.retry import DEFAULT_RETRY
 from google_crc32c import Checksum
@@ -61,6 +61,7 @@ _UNREACHABLE = (
     exceptions.ServerError,
     exceptions.TooManyRequests,
     exceptions.RetryError,
+    TransportError,  # a token cannot be renewed
 )
 
 
@@ -88,6 +89,8 @@ def fetch(
             "the bucket"
         )
         raise ModelSourceError(reason) from error
+    except _UNREACHABLE as error:
+        raise _failed(place, error) from error
     except GoogleAuthError as error:
         reason = (
             f"{place}: no credentials of Google Cloud ({error}): use Workload Identity, or set "
@@ -96,14 +99,19 @@ def fetch(
         raise ModelSourceError(reason) from error
     except exceptions.PreconditionFailed as error:
         raise ModelSourceError(f"{place} was replaced during the download: start again") from error
-    except (*_UNREACHABLE, exceptions.GoogleAPIError) as error:
-        reason = f"the download of {place} failed ({error}): start again to go on, what came is kept"
-        raise ModelSourceError(reason) from error
+    except exceptions.GoogleAPIError as error:
+        raise _failed(place, error) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_filled_up(place) from error
         raise ModelSourceError(f"the download of {place} failed: {error}") from error
     return directory / path.rpartition("/")[2] if is_file else directory
+
+
+def _failed(place: str, error: Exception) -> ModelSourceError:
+    return ModelSourceError(
+        f"the download of {place} failed ({error}): start again to go on, what came is kept"
+    )
 
 
 @contextmanager
@@ -126,7 +134,7 @@ def _fetch_into(
     try:
         objects = _wanted(_client(), place, bucket, path, is_file)
     except _UNREACHABLE as error:
-        if not record.has_all:
+        if not record.has_all or (is_file and not (directory / path.rpartition("/")[2]).exists()):
             raise
         logger.warning("%s cannot be reached (%s); using the copy in %s", place, error, directory)
         return
@@ -148,7 +156,8 @@ def _fetch_into(
 def _client() -> Any:
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         return storage.Client.create_anonymous_client()
-    return storage.Client()
+    # Reading needs no project, and not all credentials name one.
+    return storage.Client(project=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +214,11 @@ class _Record:
 
     def forget_all_but(self, names: Iterable[str]) -> None:
         """Removes the files, too."""
-        for name in self._generations.keys() - set(names):
+        gone = self._generations.keys() - set(names)
+        if gone:  # noted first: what is left after a kill must not pass for a whole model
+            self.has_all = False
+            self.write()
+        for name in gone:
             (self._directory / name).unlink(missing_ok=True)
             del self._generations[name]
 
@@ -263,16 +276,7 @@ class _File:
         try:
             os.ftruncate(descriptor, self.source.size)
             self._write_record()
-            with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="gcs") as pool:
-                pending = [
-                    pool.submit(self._fetch_chunk, descriptor, index, counter) for index in self._missing
-                ]
-                try:
-                    for future in pending:
-                        future.result()
-                except BaseException:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise
+            _side_by_side(lambda index: self._fetch_chunk(descriptor, index, counter), self._missing)
         finally:
             os.close(descriptor)
 
@@ -322,6 +326,34 @@ class _File:
         }
         with written_whole(self._record) as file:
             file.write(json.dumps(record).encode())
+
+
+def _side_by_side(work: Callable[[int], None], items: Iterable[int]) -> None:
+    """Call `work` with each of the items, in NUM_THREADS threads; raises what the first failure raised.
+
+    The threads are daemons, which an executor's are not: a server told to end does not wait for the file.
+    """
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    failures: list[BaseException] = []
+    for item in items:
+        waiting.put(item)
+
+    def run() -> None:
+        while not failures:
+            try:
+                work(waiting.get_nowait())
+            except queue.Empty:
+                return
+            except BaseException as error:  # raised again below, by the thread that waits
+                failures.append(error)
+
+    threads = [threading.Thread(target=run, name="gcs", daemon=True) for _ in range(NUM_THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 class _Counter:

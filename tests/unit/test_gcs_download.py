@@ -5,11 +5,14 @@ from __future__ import annotations
 import builtins
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from google.auth.exceptions import TransportError
 
 from server import gcs_download
 from server.model_source import DownloadProgress, ModelFiles, ModelSourceError, resolve
@@ -221,3 +224,57 @@ def test_without_the_client_library_the_error_names_the_extra(monkeypatch: pytes
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ModelSourceError, match=r"gemma-server\[gcs\]"):
         resolve(MODEL)
+
+
+def test_a_token_that_cannot_be_renewed_counts_as_an_unreachable_bucket(
+    gcs: GcsStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch(tmp_path)
+
+    def unreachable() -> None:
+        raise TransportError("no route")  # type: ignore[no-untyped-call]  # the library has no types
+
+    monkeypatch.setattr(gcs_download, "_client", unreachable)
+    assert_is_model(fetch(tmp_path))
+    with pytest.raises(ModelSourceError, match=r"the download of .* failed \(no route\)"):
+        fetch(tmp_path / "elsewhere")
+
+
+def test_a_copy_that_lost_a_file_to_an_update_cut_off_is_not_used(gcs: GcsStandIn, tmp_path: Path) -> None:
+    gcs.objects["some/gemma/more.safetensors"] = b"more"
+    fetch(tmp_path)
+    del gcs.objects["some/gemma/more.safetensors"]
+    gcs.objects["some/gemma/model.safetensors"] = WEIGHTS[::-1]
+    gcs.generation += 1
+    gcs.replaced = True
+    for status in (None, 503):
+        gcs.status = status
+        with pytest.raises(ModelSourceError):
+            fetch(tmp_path)
+
+
+def test_without_the_bucket_another_file_of_its_directory_is_not_taken(gcs: GcsStandIn, tmp_path: Path) -> None:
+    fetch(tmp_path)
+    gcs.status = 503
+    with pytest.raises(ModelSourceError, match="failed"):
+        fetch(tmp_path, f"{MODEL}/absent.gguf")
+
+
+ENDING = """
+import os, sys, threading
+from pathlib import Path
+from server import gcs_download
+from server.model_source import resolve
+gcs_download.CHUNK_BYTES = 1000
+begun = threading.Event()
+arguments = {"download_dir": Path(sys.argv[2]), "progress": lambda p: p.done_bytes > 5000 and begun.set()}
+threading.Thread(target=resolve, args=(sys.argv[1],), kwargs=arguments, daemon=True).start()
+assert begun.wait(30)
+"""
+
+
+def test_a_process_can_end_amid_a_download(gcs: GcsStandIn, tmp_path: Path) -> None:
+    gcs.delay = 0.2
+    gcs.objects["some/gemma/model.safetensors"] = bytes(400 * CHUNK)  # 10 s
+    subprocess.run([sys.executable, "-c", ENDING, MODEL, str(tmp_path)], check=True, timeout=60)
+    assert len(gcs.ranges) < 100
