@@ -93,6 +93,10 @@ soak: $(DEV)  ## 10,000 requests of all kinds to a real server: nothing may leak
 	@$(BIN)/python -m tests.soak.soak $(ARGS)
 	@$(BIN)/python -m pytest -m slow tests/soak/test_grammars.py tests/soak/test_residue.py
 
+.PHONY: observe-check
+observe-check: $(DEV)  ## A real Prometheus (apt-get install prometheus chromium) scrapes a real server; an alert fires
+	@$(BIN)/python -m pytest -m slow -s tests/deploy/test_monitoring.py $(ARGS)
+
 .PHONY: conformance
 conformance: $(DEV)  ## Ask this server for all that OpenAI's API promises; another: ARGS="--base-url http://host:8000"
 	@$(BIN)/python -m conformance $(ARGS)
