@@ -121,7 +121,7 @@ def create_app(
         )
     app.add_middleware(
         RequestContextMiddleware,
-        metrics=runtime.metrics.http,
+        metrics=runtime.metrics,
         access_log=not config.disable_access_log,
     )
     error_handlers.install(app)

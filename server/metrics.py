@@ -91,6 +91,8 @@ class Metrics:
         self.download_bytes = Counter(
             "gemma_model_download_bytes", "Bytes of the model that were downloaded.", registry=self.registry
         )
+        self.newest_step = StepStats()
+        """What the engine's newest step reported."""
         self._engine: EngineMetrics | None = None
         self._requests: RequestMetrics | None = None
 
@@ -128,6 +130,7 @@ class Metrics:
 
     def record_step(self, stats: StepStats) -> None:
         """Called for every step of the engine. It makes none before `set_model`: nobody can ask for one."""
+        self.newest_step = stats
         if self._engine is not None:
             self._engine.record(stats)
 

@@ -1,5 +1,6 @@
 """Around every route, as plain ASGI (a wrapped request would hide disconnects and buffer streams):
-the request's id, the access log, HTTP metrics, what is left of the limits, and the last catch for errors."""
+the request's id, the access log, HTTP metrics, what is left of the limits, the load for gateways that ask, and
+the last catch for errors."""
 
 from __future__ import annotations
 
@@ -13,9 +14,10 @@ from urllib.parse import quote
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.error_responses import error_response
+from server.api.load_report import load_headers
 from server.api.terms import quota_headers
 from server.errors import InternalError, ShuttingDownError
-from server.metrics import HttpMetrics
+from server.metrics import Metrics
 from server.request_scope import RequestScope, request_scope, trace_parent
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ class RequestContextMiddleware:
     `client_left` into the request's state.
     """
 
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics, *, access_log: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, access_log: bool) -> None:
         self._app = app
         self._metrics = metrics
         self._access_log = access_log
@@ -56,7 +58,11 @@ class RequestContextMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                own = [(b"x-request-id", request_id.encode()), *quota_headers(scope)]
+                own = [
+                    (b"x-request-id", request_id.encode()),
+                    *quota_headers(scope),
+                    *load_headers(scope, self._metrics.newest_step),
+                ]
                 message["headers"] = [*message["headers"], *own]
             await send(message)
 
@@ -76,7 +82,7 @@ class RequestContextMiddleware:
             if state["client_left"]:
                 status = CLIENT_LEFT
             route = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.answered(route, status or CLIENT_LEFT)
+            self._metrics.http.answered(route, status or CLIENT_LEFT)
             if self._access_log:
                 _log_access(scope, status or CLIENT_LEFT, time.monotonic() - arrival)
 

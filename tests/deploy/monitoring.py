@@ -88,30 +88,26 @@ def monitored(
 
 @contextmanager
 def load(server: ServerProcess, concurrency: int) -> Iterator[Callable[[int], None]]:
-    """Streams with a common beginning, `concurrency` at a time, which what is yielded changes."""
+    """Streams with a common beginning, `concurrency` at a time, 32 at most; what is yielded changes that."""
     ended = threading.Event()
-    seats = threading.Semaphore(concurrency)
-    current = concurrency
+    running = concurrency
 
     def set_concurrency(wanted: int) -> None:
-        nonlocal current
-        for _ in range(wanted - current):
-            seats.release()
-        for _ in range(current - wanted):
-            seats.acquire()
-        current = wanted
+        nonlocal running
+        running = wanted
 
     def ask(number: int) -> None:
         with server.client() as client:
             for turn in range(10**9):
-                with seats:
-                    if ended.is_set():
-                        return
-                    prompt = "The rivers of Europe, in order of their length. " * 4 + f"{number} {turn}"
-                    body = {"prompt": prompt, "max_tokens": 8 + 5 * (turn % 9), "stream": True}
-                    with client.stream("POST", "/v1/completions", json=body) as answer:
-                        for _ in answer.iter_lines():
-                            pass
+                while number >= running and not ended.is_set():
+                    time.sleep(0.1)
+                if ended.is_set():
+                    return
+                prompt = "The rivers of Europe, in order of their length. " * 4 + f"{number} {turn}"
+                body = {"prompt": prompt, "max_tokens": 8 + 5 * (turn % 9), "stream": True}
+                with client.stream("POST", "/v1/completions", json=body) as answer:
+                    for _ in answer.iter_lines():
+                        pass
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(32)]
     for thread in threads:
@@ -120,8 +116,6 @@ def load(server: ServerProcess, concurrency: int) -> Iterator[Callable[[int], No
         yield set_concurrency
     finally:
         ended.set()
-        for _ in threads:
-            seats.release()
         for thread in threads:
             thread.join()
 
