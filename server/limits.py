@@ -12,9 +12,9 @@ from __future__ import annotations
 HEADER_SECONDS = 20.0
 """From a connection's first moment, or a later request's first byte, to the end of the request's headers. Who
 has sent a part by then is answered 408."""
-KEEP_ALIVE_SECONDS = 75
-"""A connection may be idle so long. Balancers close theirs after 60 s at most by default, and should be first:
-a request that meets a connection on its way to be closed is lost."""
+KEEP_ALIVE_SECONDS = 620
+"""A connection may be idle so long. Balancers should close theirs first, since a request that meets a
+connection on its way to be closed is lost. Google's do after 600 s, says its documentation; others after 60."""
 SEND_SECONDS = 60.0
 """A client that takes in nothing for so long is cut off."""
 MAX_HEADER_BYTES = 1 << 16
