@@ -105,10 +105,9 @@ def create_app(
     app.state.admission = Admission(config.max_queued_requests, config.max_queued_tokens)
     # The last one added is the outermost.
     app.add_middleware(HostMiddleware, bound_to=config.host, allowed=config.allowed_hosts)
+    others = {config.predict_route, *_paths_of((*BATCH_ROUTERS, *OTHER_ROUTERS))}
     app.add_middleware(
-        ApiKeyMiddleware,
-        keys=app.state.keys,
-        open_paths=OPEN_PATHS | ({config.health_route} - _paths_of((*BATCH_ROUTERS, *OTHER_ROUTERS))),
+        ApiKeyMiddleware, keys=app.state.keys, open_paths=OPEN_PATHS | ({config.health_route} - others)
     )
     if config.allowed_origins:
         # Outside of the keys, since browsers ask whether they may send one without sending it.

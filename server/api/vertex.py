@@ -234,7 +234,9 @@ class _FailedInstanceError(Exception):
 
 
 def _at_instance(answer: InnerAnswer, index: int) -> InnerAnswer:
-    """The error, of which the client learns whose it is."""
+    """The error, of which the client learns whose it is if it is a mistake of the request."""
+    if answer.status != 400:
+        return answer
     body = _errors.decode(answer.body)
     param = body["error"]["param"]
     body["error"]["param"] = f"instances[{index}]" + (f".{param}" if param else "")

@@ -140,6 +140,7 @@ def test_an_instance_that_finds_no_room_ends_the_others(vertex: LiveServer) -> N
     answer = predict(vertex, ["ab"] * 5, parameters={"n": 2, "max_tokens": 40})
     assert answer.status_code == 429
     assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["param"] is None
     vertex.assert_idle()
     assert len(vertex.engine.aborted) == 8
 
@@ -229,6 +230,13 @@ def test_a_health_route_that_is_another_route_opens_nothing() -> None:
         server.http.headers["authorization"] = "Bearer k"
         assert server.http.get("/v1/models").json()["object"] == "list"
         assert server.chat().status_code == 200
+
+
+@pytest.mark.covers("L10")
+def test_a_health_route_that_is_the_predict_route_opens_nothing() -> None:
+    with live_server(health_route=PREDICT, predict_route=PREDICT, api_key=["k"]) as server:
+        assert predict(server, ["ab"]).status_code == 401
+        assert server.http.get(PREDICT).status_code == 401
 
 
 @pytest.mark.covers("L10")
