@@ -235,7 +235,7 @@ class _FailedInstanceError(Exception):
 
 def _at_instance(answer: InnerAnswer, index: int) -> InnerAnswer:
     """The error, of which the client learns whose it is if it is a mistake of the request."""
-    if answer.status != 400:
+    if answer.status not in (400, 404):
         return answer
     body = _errors.decode(answer.body)
     param = body["error"]["param"]

@@ -129,6 +129,12 @@ def test_a_mistake_is_refused_and_says_where_it_is(vertex: LiveServer, body: Any
     vertex.assert_idle()
 
 
+def test_a_model_that_is_not_served_is_the_instances_mistake(vertex: LiveServer) -> None:
+    answer = predict(vertex, ["ab", {"prompt": "ab", "model": "other"}])
+    assert answer.status_code == 404
+    assert answer.json()["error"]["param"] == "instances[1].model"
+
+
 def test_more_instances_than_could_ever_run_are_refused_at_once(vertex: LiveServer) -> None:
     assert predict(vertex, ["ab"] * 9).status_code == 400
     assert not vertex.engine.submitted
