@@ -114,7 +114,7 @@ deploy-check: $(DEV) $(DEPLOY_TOOLS)  ## Build all manifests, lint and validate 
 	@$(BIN)/python -m tools.deploy_check --tools $(VENV)/deploy/bin $(if $(CRDS),--crds $(CRDS)) $(ARGS)
 
 .PHONY: docs
-docs: $(DEV)  ## Write the pages and manifests that are made from something else: options, limits, reliability, rules
+docs: $(DEV)  ## Write the pages and manifests that are made from something else: options, limits, reliability, rules, dashboard
 	@$(BIN)/python -m tools.gen_options
 	@$(BIN)/python -m tools.gen_limits
 	@$(BIN)/python -m tools.gen_dashboard

@@ -236,13 +236,15 @@ class _File:
         self._partial = directory / f"{source.name}.partial"
         self._record = directory / f"{source.name}.chunks"
         self._lock = threading.Lock()
-        num_chunks = -(-source.size // CHUNK_BYTES)
         self._done: set[int] = self._chunks_on_disk()
-        self._missing = [index for index in range(num_chunks) if index not in self._done]
 
     @property
     def num_missing_bytes(self) -> int:
-        return sum(stop - start for start, stop in map(self._range, self._missing))
+        return sum(stop - start for start, stop in map(self._range, self._missing()))
+
+    def _missing(self) -> list[int]:
+        num_chunks = -(-self.source.size // CHUNK_BYTES)
+        return [index for index in range(num_chunks) if index not in self._done]
 
     def fetch(self, counter: _Counter) -> None:
         """Raises ModelSourceError for a checksum that is not the bucket's twice in a row, and the library's
@@ -260,7 +262,6 @@ class _File:
                 )
             logger.warning("%s came with a wrong checksum; fetching it again", self.source.name)
             self._done = set()
-            self._missing = list(range(-(-self.source.size // CHUNK_BYTES)))
         os.replace(self._partial, self._target)
         self._record.unlink()
 
@@ -276,7 +277,7 @@ class _File:
         try:
             os.ftruncate(descriptor, self.source.size)
             self._write_record()
-            _side_by_side(lambda index: self._fetch_chunk(descriptor, index, counter), self._missing)
+            _side_by_side(lambda index: self._fetch_chunk(descriptor, index, counter), self._missing())
         finally:
             os.close(descriptor)
 

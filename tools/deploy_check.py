@@ -50,9 +50,8 @@ def main() -> int:
         validate = [tools / "kubernetes-validate", "--strict", "--quiet", "-k", version]
         checks[f"kubernetes-validate {version}"] = [*validate, *built_in]
     checks["checkov, manifests"] = [*checkov, "--framework", "kubernetes", "-d", BUILT]
-    if DOCKERFILE.exists():
-        checks["hadolint"] = [tools / "hadolint", "-c", CHECKS / "hadolint.yaml", DOCKERFILE]
-        checks["checkov, Dockerfile"] = [*checkov, "--framework", "dockerfile", "-f", DOCKERFILE]
+    checks["hadolint"] = [tools / "hadolint", "-c", CHECKS / "hadolint.yaml", DOCKERFILE]
+    checks["checkov, Dockerfile"] = [*checkov, "--framework", "dockerfile", "-f", DOCKERFILE]
     checks["tests"] = [sys.executable, "-m", "pytest", "-q", ROOT / "tests" / "deploy"]
 
     environment = dict(os.environ) | ({"CRDS": str(crds.absolute())} if crds else {})

@@ -60,6 +60,12 @@ def draw(prometheus: str, picture: Path, *, seconds: int, rate_interval: str) ->
         subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
+def filled_in(expression: str, rate_interval: str) -> str:
+    """A query of the dashboard for all models and instances, with its variables' values in their place."""
+    expression = expression.replace("$__rate_interval", rate_interval)
+    return expression.replace("$model_name", ".*").replace("$instance", ".*")
+
+
 def _panel(panel: dict[str, Any], prometheus: str, start: float, end: float, rate_interval: str) -> str:
     place = panel["gridPos"]
     left, top, width, height = place["x"] * _UNIT, place["y"] * _ROW, place["w"] * _UNIT, place["h"] * _ROW
@@ -69,8 +75,7 @@ def _panel(panel: dict[str, Any], prometheus: str, start: float, end: float, rat
         return f'<div class=row style="{box};overflow:visible">{title}</div>'
     series: Series = []
     for target in panel["targets"]:
-        expression = target["expr"].replace("$__rate_interval", rate_interval)
-        expression = expression.replace("$model_name", ".*").replace("$instance", ".*")
+        expression = filled_in(target["expr"], rate_interval)
         series += _range(prometheus, expression, target["legendFormat"], start, end)
     unit = panel["fieldConfig"]["defaults"]["unit"]
     if panel["type"] == "stat":

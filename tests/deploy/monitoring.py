@@ -16,8 +16,8 @@ import httpx
 import yaml
 
 from tests.e2e.server_process import ServerProcess
+from tools.gen_rules import RULES
 
-OBSERVABILITY = Path(__file__).parent.parent.parent / "deploy" / "observability"
 SCALE = 15
 """The rules' times are divided by it, so that five minutes pass in twenty seconds."""
 RATE_INTERVAL = "20s"
@@ -36,8 +36,8 @@ def scaled(rules: str) -> str:
 class Prometheus:
     def __init__(self, directory: Path, server_url: str, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
-        (directory / "rules.yml").write_text(scaled((OBSERVABILITY / "rules.yml").read_text(encoding="utf-8")))
-        config = yaml.safe_load((OBSERVABILITY / "prometheus.yml").read_text(encoding="utf-8"))
+        (directory / "rules.yml").write_text(scaled(RULES.read_text(encoding="utf-8")))
+        config = yaml.safe_load((RULES.parent / "prometheus.yml").read_text(encoding="utf-8"))
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         config["scrape_configs"][0]["static_configs"][0]["targets"] = [server_url.removeprefix("http://")]
         (directory / "prometheus.yml").write_text(yaml.safe_dump(config))

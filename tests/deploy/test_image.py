@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from server import embedded_model
-from tests.deploy.container import Container, free_port, image_configuration
-from tests.e2e.server_process import running_server
+from tests.deploy.container import Container, image_configuration
+from tests.e2e.server_process import free_port, running_server
 from tools import build_image
 
 OBSTACLE = build_image.obstacle()

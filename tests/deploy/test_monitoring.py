@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.container import free_port
 from tests.deploy.monitoring import RATE_INTERVAL, load, monitored, stopped, wait_for
 from tests.deploy.test_metric_names import rules
-from tools.draw_dashboard import draw
+from tests.e2e.server_process import free_port
+from tools.draw_dashboard import draw, filled_in
 from tools.gen_dashboard import DASHBOARD
 
 pytestmark = [
@@ -24,14 +24,7 @@ pytestmark = [
 
 def queries() -> list[str]:
     panels: list[Any] = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
-    return [
-        target["expr"]
-        .replace("$__rate_interval", RATE_INTERVAL)
-        .replace("$model_name", ".*")
-        .replace("$instance", ".*")
-        for panel in panels
-        for target in panel.get("targets", ())
-    ]
+    return [filled_in(target["expr"], RATE_INTERVAL) for panel in panels for target in panel.get("targets", ())]
 
 
 def test_prometheus_sees_what_the_rules_and_the_dashboard_ask_for(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +12,9 @@ import yaml
 
 from tests.deploy.test_metric_names import rules
 from tools import gen_dashboard
+from tools.gen_rules import ROOT, RULES
 
-ROOT = Path(__file__).parent.parent.parent
-OBSERVABILITY = ROOT / "deploy" / "observability"
+OBSERVABILITY = RULES.parent
 ALERTS = [rule for rule in rules() if "alert" in rule]
 
 every_alert = pytest.mark.parametrize("alert", ALERTS, ids=lambda rule: rule["alert"])

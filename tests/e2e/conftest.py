@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.e2e import server_process
 from tests.e2e.server_process import ServerProcess, running_server
 
 
@@ -17,7 +17,4 @@ def server(tiny_checkpoint: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    return server_process.free_port()
