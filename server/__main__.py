@@ -11,7 +11,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from server import __version__, logs
-from server.config import OptionError, ServerConfig, load_config
+from server.config import OptionError, load_config
+from server.options import ServerConfig
 
 if TYPE_CHECKING:
     from server.batches.store import Store

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from server.config import OptionError, ServerConfig, is_loopback, parse_yaml
+from server.config import OptionError, is_loopback, parse_yaml
+from server.options import ServerConfig
 
 logger = logging.getLogger(__name__)
 

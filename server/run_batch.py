@@ -33,7 +33,8 @@ from server.batches.lines import (
     success_or_failure,
 )
 from server.batches.patience import final_answer
-from server.config import OptionError, ServerConfig, load_config
+from server.config import OptionError, load_config
+from server.options import ServerConfig
 
 if TYPE_CHECKING:
     from server.api.dispatch import RouteRequests

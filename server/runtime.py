@@ -21,7 +21,6 @@ from dataclasses import replace
 from typing import TypeVar
 
 from server.cache_directory import cache_directory
-from server.config import ServerConfig
 from server.engine.models.config import GemmaConfig
 from server.engine.models.config_reader import read_gguf
 from server.engine.models.gguf import read_metadata
@@ -34,6 +33,7 @@ from server.frontend.vocabulary import make_byte_vocabulary, make_vocabulary
 from server.gguf_tokenizer import tokenizer_for_gguf
 from server.metrics import Metrics
 from server.model_source import DownloadProgress, ModelFiles, ModelSourceError, resolve
+from server.options import ServerConfig
 from server.tokenizer import START_RESPONSE, Tokenizer
 
 logger = logging.getLogger(__name__)

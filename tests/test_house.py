@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from server.config import ServerConfig, option_name, variable_name
+from server.config import option_name, variable_name
+from server.options import ServerConfig
 from tools import gen_reliability
 from tools.gen_limits import LIMITS_PAGE, limits_page
 from tools.gen_options import OPTIONS_PAGE, options_page

@@ -10,14 +10,15 @@ from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from server.config import ENV_PREFIX, ServerConfig, option_name, variable_name
+from server.config import ENV_PREFIX, option_name, variable_name
+from server.options import ServerConfig
 
 OPTIONS_PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 
 _INTRODUCTION = f"""\
 # Options
 
-Written by `make docs` from `server/config.py`; do not edit it by hand.
+Written by `make docs` from `server/options.py`; do not edit it by hand.
 
 Every option can be given in three ways. The command line wins over the environment, the environment over the
 file:

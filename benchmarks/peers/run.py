@@ -39,7 +39,8 @@ from benchmarks.peers.variants import (
     choose,
     cpu_has_avx512,
 )
-from server.config import ServerConfig, option_name
+from server.config import option_name
+from server.options import ServerConfig
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

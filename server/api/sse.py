@@ -19,11 +19,11 @@ from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from server.api.responses import encode
-from server.config import ServerConfig
 from server.errors import ApiError, InternalError
 from server.frontend.generation import Generation
 from server.limits import SEND_SECONDS
 from server.metrics import HttpMetrics
+from server.options import ServerConfig
 
 logger = logging.getLogger(__name__)
 # It would log every chunk at `debug`: prompts and answers do not belong in a log.

@@ -32,8 +32,8 @@ from server.api.inner import InnerAnswer, InnerRoutes
 from server.api.responses import encode, json_response
 from server.api.serving import runtime_of, unless_disconnected
 from server.api.terms import ENTERING, terms_of
-from server.config import ServerConfig
 from server.errors import InvalidRequestError, shown
+from server.options import ServerConfig
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 FORMAT = "@requestFormat"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from server.config import ServerConfig
 from server.engine.types import EngineConfig, EngineInfo, Failed, FromEngine, Start, ToEngine
 from server.frontend.client import LossCause
 from server.frontend.engine_process import EngineProcess
 from server.frontend.mailbox import MailboxClient
 from server.frontend.watchdog import TICK_SECONDS, Restarts, Watchdog
+from server.options import ServerConfig
 
 logger = logging.getLogger(__name__)
 

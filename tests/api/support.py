@@ -19,7 +19,6 @@ from fastapi import FastAPI
 
 from server.app import create_app
 from server.batches.store import Store
-from server.config import ServerConfig
 from server.engine.types import (
     EngineConfig,
     EngineInfo,
@@ -37,6 +36,7 @@ from server.frontend.client import AbandonedError, EngineDeadError, EngineLoss
 from server.frontend.mailbox import no_vocabulary
 from server.frontend.served_model import ServedModel
 from server.http_server import HttpServer
+from server.options import ServerConfig
 from server.runtime import Phase, Runtime, end_token_ids
 from server.tokenizer import Tokenizer
 from server.tracing import RequestTracer

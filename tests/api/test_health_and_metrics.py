@@ -8,10 +8,10 @@ import httpx
 import pytest
 
 from server.app import create_app
-from server.config import ServerConfig
 from server.engine.types import Loading, StepStats
 from server.frontend.client import EngineLoss, LossCause
 from server.metrics import REQUEST_HISTOGRAMS
+from server.options import ServerConfig
 from server.runtime import Phase
 from tests.api.support import (
     FakeEngineClient,

@@ -14,7 +14,7 @@ import pytest
 from sse_starlette.sse import SendTimeoutError
 
 from server.app import create_app
-from server.config import ServerConfig
+from server.options import ServerConfig
 from tests.api.raw_http import reset, send_request
 from tests.api.support import (
     FakeEngineClient,

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from server.config import ServerConfig, variable_name
+from server.config import variable_name
+from server.options import ServerConfig
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))

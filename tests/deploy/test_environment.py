@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from server.api_keys import KeyRing, check_exposure
-from server.config import ENV_PREFIX, OptionError, ServerConfig, load_config, variable_name
+from server.config import ENV_PREFIX, OptionError, load_config, variable_name
+from server.options import ServerConfig
 from tests.deploy.objects import SINGLE_HOST, environment, server_pod
 from tests.deploy.test_workloads import each
 from tools.manifests import Combination

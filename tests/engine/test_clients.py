@@ -13,7 +13,6 @@ import msgspec
 import psutil
 import pytest
 
-from server.config import ServerConfig
 from server.engine.types import (
     EngineConfig,
     FinishReason,
@@ -27,6 +26,7 @@ from server.frontend.client import EngineClient, EngineDeadError
 from server.frontend.inproc_client import InprocClient
 from server.frontend.mailbox import merge
 from server.frontend.process_client import ProcessClient
+from server.options import ServerConfig
 
 
 class Watched:

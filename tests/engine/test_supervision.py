@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 
-from server.config import ServerConfig
 from server.engine.types import EngineConfig, EngineInfo, FinishReason, GenerateRequest, SequenceOutput
 from server.frontend import watchdog
 from server.frontend.client import (
@@ -26,6 +25,7 @@ from server.frontend.client import (
 )
 from server.frontend.mailbox import merge
 from server.frontend.process_client import ProcessClient
+from server.options import ServerConfig
 from tests.engine import scripted_engine as script
 from tests.unit.engine_simulation import generate_alone, make_request
 

@@ -13,7 +13,8 @@ import pytest
 
 from server.__main__ import main
 from server.api_keys import KeyRing, Limits, check_exposure
-from server.config import OptionError, ServerConfig, load_config
+from server.config import OptionError, load_config
+from server.options import ServerConfig
 
 CANARY = "sk-canary-1234"
 
