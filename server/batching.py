@@ -11,7 +11,9 @@ any mix of single tokens and prompt chunks. Laws:
 4. Each sequence added leaves once, by a terminal output of `update` or `fail`, or by `abort`, and its blocks go
    free.
 5. A draft takes rows and blocks that nobody wants in this step, and gives back what it did not need.
-6. Pure policy: no tensors, no I/O, and the time only for stamping sequences.
+6. A step can be planned behind one in flight, if it is plain and takes no memory from anybody. What it computes
+   of a sequence that turns out to have ended is not taken in.
+7. Pure policy: no tensors, no I/O, and the time only for stamping sequences.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
+from server.engine.batch import ScheduledBatch, ScheduledSequence
 from server.engine.kv_cache.manager import KVCacheManager
+from server.engine.outcome import append_sampled, ends_with_next, error_of, output_of
 from server.engine.precedence import Precedence
-from server.engine.sampling.types import NOTHING_LEFT, SampledToken
+from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence, SequenceStatus
 from server.engine.speculation import NgramSpeculator
 from server.engine.step_counts import StepCounts
-from server.engine.types import FinishReason, PoolSnapshot, SequenceOutput
+from server.engine.types import PoolSnapshot, SequenceOutput
 
 SPARE_FOR_RUNNING = 0.01
 """Share of each pool that admissions leave free, lest the growth of what runs preempts them at once."""
@@ -35,42 +39,11 @@ SPARE_FOR_RUNNING = 0.01
 STREAMS_PER_PROMPT = 4
 """With fewer streams for each prompt, prompts get more than `max_prefill_tokens`, in proportion."""
 
+_Plan = dict[Sequence, ScheduledSequence]
+
 
 class NeverFitsError(ValueError):
     """The sequence could not be computed even with the whole server to itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """Positions start .. start + num_new - 1 of one sequence, of which the last ones may be a draft."""
-
-    seq: Sequence
-    start: int
-    num_new: int
-    samples: bool
-    """Whether they reach the end of what is known, so that a token is sampled."""
-    draft: tuple[int, ...] = ()
-    """Guessed tokens after what is known, each of which is sampled after, too."""
-
-    @property
-    def num_sampled(self) -> int:
-        return 1 + len(self.draft) if self.samples else 0
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledBatch:
-    """One step's work. Sequences with one token, not counting drafts, come first."""
-
-    sequences: tuple[ScheduledSequence, ...]
-    preempted: tuple[Sequence, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(scheduled.num_new for scheduled in self.sequences)
-
-    @property
-    def num_draft_tokens(self) -> int:
-        return sum(len(scheduled.draft) for scheduled in self.sequences)
 
 
 @dataclass(frozen=True)
@@ -96,7 +69,11 @@ class SchedulerConfig:
 
 
 class Scheduler:
-    """Alternate `schedule` and `update`; `add` and `abort` may come at any time between calls."""
+    """Plans steps, and takes each in by `update`, or drops it, in the order of planning.
+
+    `schedule` plans one while none is in flight, `schedule_ahead` one behind the only one that is. `add` and
+    `abort` may come at any time between calls.
+    """
 
     def __init__(
         self,
@@ -120,6 +97,8 @@ class Scheduler:
         self._failed: list[SequenceOutput] = []
         """Ends that `schedule` decided; `update` hands them out."""
         self._counts = StepCounts()
+        self._holds_back = False
+        """Whether one that needs a step of its own could have been admitted behind a step in flight."""
 
     # --- the queue ----------------------------------------------------------------------------------------
 
@@ -178,19 +157,15 @@ class Scheduler:
     # --- planning a step ----------------------------------------------------------------------------------
 
     def schedule(self, max_prefill_tokens: int = sys.maxsize) -> ScheduledBatch:
-        """Plan a step and take the KV blocks for it. `update` must follow, even if nothing is planned.
+        """Plan a step and take the KV blocks for it. Even if nothing is planned, `update` must follow.
 
         max_prefill_tokens: tokens of chunks beside sequences with one token; but see STREAMS_PER_PROMPT.
         """
-        plan: dict[Sequence, ScheduledSequence] = {}
+        self._holds_back = False
+        plan: _Plan = {}
         preempted: list[Sequence] = []
-        budget = self._config.max_num_batched_tokens
-        num_streams = sum(seq.num_tokens - seq.num_computed == 1 for seq in self._running)
-        if num_streams > 0:
-            num_seated = min(len(self._running) + len(self._waiting), self._config.max_num_seqs)
-            crowding = STREAMS_PER_PROMPT * (num_seated - num_streams) / num_streams
-            budget = min(budget, num_streams + int(max_prefill_tokens * max(1.0, crowding)))
-        for seq in sorted(self._running, key=lambda seq: seq.num_tokens - seq.num_computed > 1):
+        budget = self._budget(max_prefill_tokens)
+        for seq in self._in_turn():
             if budget == 0:
                 break
             if seq.status is not SequenceStatus.RUNNING:  # gave way to one before it
@@ -207,21 +182,62 @@ class Scheduler:
                 if victim is seq:
                     break
             else:
-                plan[seq] = _scheduled(seq, num_new)
+                plan[seq] = ScheduledSequence.behind(seq, num_new)
                 budget -= num_new
         if not preempted:
-            self._admit(plan, budget)
+            self._admit(plan, budget, ahead=False)
             self._draft(plan)
-        return ScheduledBatch(tuple(plan.values()), tuple(preempted))
+        return _launched(plan, preempted)
 
-    def _admit(self, plan: dict[Sequence, ScheduledSequence], budget: int) -> None:
-        growing = [seq for seq in self._running if seq.num_tokens - seq.num_computed > 1]
+    def schedule_ahead(self, max_prefill_tokens: int = sys.maxsize) -> ScheduledBatch | None:
+        """As `schedule`, behind a step in flight, whose tokens count as there, though nobody knows them.
+
+        None if the next step depends on what they are: that one has to be taken in, and `schedule` is next.
+        """
+        if self._holds_back or len(self._running) <= self._speculator.max_tokens:  # there may be drafts
+            return None
+        plan: _Plan = {}
+        budget = self._budget(max_prefill_tokens)
+        for seq in self._in_turn():
+            if budget == 0:
+                break
+            if ends_with_next(seq, self._max_sequence_tokens):
+                continue
+            scheduled = ScheduledSequence.behind(seq, self._chunk(seq, seq.num_planned, budget))
+            # An end that is in flight may make the room for which somebody would be preempted now.
+            if not scheduled.is_plain or not self._kv.allocate(seq, 0, scheduled.num_new):
+                return None
+            plan[seq] = scheduled
+            budget -= scheduled.num_new
+        self._admit(plan, budget, ahead=True)
+        return _launched(plan, [])
+
+    def _budget(self, max_prefill_tokens: int) -> int:
+        """Tokens of the next step."""
+        budget = self._config.max_num_batched_tokens
+        num_streams = sum(seq.num_expected - seq.num_planned == 1 for seq in self._running)
+        if num_streams > 0:
+            num_seated = min(len(self._running) + len(self._waiting), self._config.max_num_seqs)
+            crowding = STREAMS_PER_PROMPT * (num_seated - num_streams) / num_streams
+            budget = min(budget, num_streams + int(max_prefill_tokens * max(1.0, crowding)))
+        return budget
+
+    def _in_turn(self) -> list[Sequence]:
+        """The running, those with one token first."""
+        return sorted(self._running, key=lambda seq: seq.num_expected - seq.num_planned > 1)
+
+    def _admit(self, plan: _Plan, budget: int, *, ahead: bool) -> None:
+        growing = [seq for seq in self._running if seq.num_expected - seq.num_planned > 1]
         while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
             seq = self._waiting[0]
             num_cached = self._kv.find_cached_prefix(seq)
             if self._running and not self._kv.has_room(seq, num_cached, growing, SPARE_FOR_RUNNING):
                 break
             num_new = self._chunk(seq, num_cached, budget)
+            scheduled = ScheduledSequence.first(seq, num_cached, num_new)
+            if ahead and not scheduled.is_plain:
+                self._holds_back = True
+                break
             if not self._kv.allocate(seq, num_cached, num_new):
                 if self._running:
                     break
@@ -234,11 +250,11 @@ class Scheduler:
             seq.num_computed = num_cached
             if seq.num_preemptions == 0:
                 self._note_first_admission(seq, num_cached)
-            plan[seq] = _scheduled(seq, num_new)
+            plan[seq] = scheduled
             growing.append(seq)
             budget -= num_new
 
-    def _draft(self, plan: dict[Sequence, ScheduledSequence]) -> None:
+    def _draft(self, plan: _Plan) -> None:
         """Have the step check guesses where it is so small that more rows cost next to nothing."""
         most_rows = min(1 + self._speculator.max_tokens, self._config.max_num_batched_tokens)
         room = most_rows - sum(scheduled.num_new for scheduled in plan.values())
@@ -253,14 +269,14 @@ class Scheduler:
             draft = self._speculator.propose(seq, min(room, most_generated - 1))
             num_new = scheduled.num_new + len(draft)
             if draft and self._kv.allocate(seq, 0, num_new):
-                plan[seq] = replace(scheduled, num_new=num_new, draft=draft)
+                plan[seq] = replace(scheduled, num_new=num_new, draft=draft, is_plain=False)
                 room -= len(draft)
 
     def _chunk(self, seq: Sequence, start: int, budget: int) -> int:
-        return min(seq.num_tokens - start, budget, self._config.long_prefill_threshold)
+        return min(seq.num_expected - start, budget, self._config.long_prefill_threshold)
 
     def _preempt_one(self) -> Sequence | None:
-        """Send one of the running back to the queue; None if only one runs."""
+        """Send one of the running back to the queue; None if only one runs. Nothing is in flight."""
         victim = self._precedence.victim(self._running)
         if victim is None:
             return None
@@ -286,8 +302,10 @@ class Scheduler:
     def update(self, batch: ScheduledBatch, sampled: list[SampledToken]) -> list[SequenceOutput]:
         """Advance the batch's sequences after the forward pass, and end those that are done.
 
+        Another step may be in flight behind this one.
+
         `sampled` has `num_sampled` entries for each scheduled sequence, in order; ValueError otherwise.
-        Sequences that were aborted since `schedule` are passed over.
+        Sequences that have ended since `schedule` are passed over.
         """
         outputs, self._failed = self._failed, []
         rows = iter(sampled)
@@ -297,10 +315,11 @@ class Scheduler:
             seq, tokens = scheduled.seq, list(itertools.islice(rows, scheduled.num_sampled))
             if seq.status is SequenceStatus.FINISHED:
                 continue
+            _landed(scheduled)
             if tokens and tokens[0].error is not None:
                 outputs.append(self._spoil(seq, tokens[0].error))
                 continue
-            taken, reason = self._take(seq, tokens, scheduled.draft)
+            taken, reason = append_sampled(seq, tokens, scheduled.draft, self._max_sequence_tokens)
             num_accepted = max(0, len(taken) - 1)
             seq.num_computed = scheduled.start + scheduled.num_new - len(scheduled.draft) + num_accepted
             self._kv.commit(seq)
@@ -309,57 +328,22 @@ class Scheduler:
                 self._counts.num_drafts += 1
                 self._counts.num_draft_tokens += len(scheduled.draft)
                 self._counts.num_accepted_tokens += num_accepted
+            if reason is not None:
+                self._retire(seq)
             if taken:
-                outputs.append(self._output(seq, taken, reason))
+                outputs.append(output_of(seq, taken, reason))
         return outputs
+
+    def drop(self, batch: ScheduledBatch) -> None:
+        """In place of `update`: as if the batch had not been planned. What lives is computed again."""
+        for scheduled in batch.sequences:
+            if scheduled.seq.status is not SequenceStatus.FINISHED:
+                _landed(scheduled)
 
     def fail(self, sequences: Iterable[ScheduledSequence], error: str) -> list[SequenceOutput]:
         """End those of the planned step that could not be computed. `update` follows with the others."""
         lost = [scheduled.seq for scheduled in sequences]
         return [self._spoil(seq, error) for seq in lost if seq.status is not SequenceStatus.FINISHED]
-
-    def _take(
-        self, seq: Sequence, tokens: list[SampledToken], draft: tuple[int, ...]
-    ) -> tuple[list[SampledToken], FinishReason | None]:
-        """Append the tokens whose rows saw what the sequence now is: up to the first that is not as drafted.
-
-        An error ends them, too; its row will be the first of the next step.
-        """
-        taken: list[SampledToken] = []
-        reason = None
-        for index, token in enumerate(tokens):
-            if token.error is not None:
-                break
-            seq.token_ids.append(token.token_id)
-            taken.append(token)
-            reason = FinishReason.STOP if token.completes else self._finish_reason(seq)
-            if reason is not None or draft[index : index + 1] != (token.token_id,):
-                break
-        return taken, reason
-
-    def _output(self, seq: Sequence, tokens: list[SampledToken], reason: FinishReason | None) -> SequenceOutput:
-        if reason is not None:
-            self._retire(seq)
-        is_first, last = seq.num_generated == len(tokens), tokens[-1]
-        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, []
-        return SequenceOutput(
-            request_id=seq.request_id,
-            token_ids=[token.token_id for token in tokens],
-            logprobs=[token.logprob for token in tokens if token.logprob is not None] or None,
-            prompt_logprobs=prompt_logprobs if is_first and seq.params.prompt_logprobs is not None else None,
-            finish_reason=reason,
-            stop_token_id=last.token_id if reason is FinishReason.STOP and not last.completes else None,
-            num_cached_tokens=seq.num_cached_tokens,
-            scheduled_at=seq.scheduled_at,
-        )
-
-    def _finish_reason(self, seq: Sequence) -> FinishReason | None:
-        params = seq.params
-        if seq.token_ids[-1] in params.stop_token_ids and seq.num_generated >= params.min_tokens:
-            return FinishReason.STOP
-        if seq.num_generated >= params.max_tokens or seq.num_tokens >= self._max_sequence_tokens:
-            return FinishReason.LENGTH
-        return None
 
     # --- ends ---------------------------------------------------------------------------------------------
 
@@ -375,14 +359,7 @@ class Scheduler:
 
     def _end(self, seq: Sequence, error: str) -> SequenceOutput:
         self._retire(seq)
-        return SequenceOutput(
-            request_id=seq.request_id,
-            finish_reason=FinishReason.ERROR,
-            num_cached_tokens=seq.num_cached_tokens,
-            scheduled_at=seq.scheduled_at,
-            error=error,
-            is_contradictory=seq.params.is_constrained and error == NOTHING_LEFT,
-        )
+        return error_of(seq, error)
 
     def _retire(self, seq: Sequence) -> None:
         """The only way out."""
@@ -394,6 +371,19 @@ class Scheduler:
         self._kv.free(seq)
 
 
-def _scheduled(seq: Sequence, num_new: int) -> ScheduledSequence:
-    start = seq.num_computed
-    return ScheduledSequence(seq, start, num_new, samples=start + num_new == seq.num_tokens)
+def _landed(scheduled: ScheduledSequence) -> None:
+    """Its step is not in flight any more."""
+    scheduled.seq.num_computing -= scheduled.num_new
+    scheduled.seq.num_sampling -= scheduled.samples
+
+
+def _launched(plan: _Plan, preempted: list[Sequence]) -> ScheduledBatch:
+    """The planned step, in flight from now on."""
+    row = 0
+    for seq, scheduled in plan.items():
+        seq.num_computing += scheduled.num_new
+        if scheduled.samples:
+            seq.num_sampling += 1
+            seq.sampled_row = row
+            row += scheduled.num_sampled
+    return ScheduledBatch(tuple(plan.values()), tuple(preempted))

@@ -36,7 +36,7 @@ FORBIDDEN = [
     (
         r"server\.batching",
         r"server\..+",
-        r"server\.engine\.(precedence|sequence|speculation|step_counts|types|sampling\.types|kv_cache(\..+)?)",
+        r"server\.engine\.(batch|outcome|precedence|sequence|speculation|step_counts|types|sampling\.types|kv_cache(\..+)?)",
     ),
     # Bookkeeping of blocks needs no device.
     (

@@ -5,6 +5,7 @@ tokens in the step, B the number of sequences, R the number of rows whose hidden
 
     sequences        |--- s0 (3 new) ---|- s1 (1) -|--- s2 (2 new) ---|
     token_ids        t5   t6   t7        t9         t0   t1              [T]
+    previous_rows    -1   -1   -1        -1         -1   -1              [T]
     query_start      0                   3          4                 6  [B+1]
     seq_lens         8                   10         2                    [B]
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from server.batching import ScheduledSequence
+from server.engine.batch import ScheduledSequence
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -41,7 +42,10 @@ class AttentionMetadata:
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
     token_ids: Int64Array
-    """[T]"""
+    """[T]; 0 where the token is known on the device alone."""
+    previous_rows: Int32Array
+    """[T]: which of the tokens that the step before sampled, in its batch's order, each of these is; -1 where
+    token_ids has it."""
     positions: Int64Array
     """[T]"""
     output_rows: Int64Array
@@ -91,8 +95,12 @@ def build_inputs(
 
     owner = np.repeat(np.arange(len(sequences)), counts)  # [T]: the sequence of each row
     positions = np.arange(num_rows, dtype=np.int64) + (starts - query_start[:-1])[owner]
-    token_ids = np.empty(num_rows, dtype=np.int64)
+    token_ids = np.zeros(num_rows, dtype=np.int64)
+    previous_rows = np.full(num_rows, -1, dtype=np.int32)
     for row, scheduled in zip(query_start.tolist(), sequences, strict=False):
+        if scheduled.previous_row >= 0:
+            previous_rows[row] = scheduled.previous_row
+            continue
         end = scheduled.start + scheduled.num_new
         known = scheduled.seq.token_ids[scheduled.start : end]
         token_ids[row : row + scheduled.num_new] = [*known, *scheduled.draft]
@@ -120,4 +128,4 @@ def build_inputs(
             block_table[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
         )
         attention.append(AttentionMetadata(query_start, seq_lens, block_table, slots, block_size))
-    return ModelInputs(token_ids, positions, np.concatenate(output_rows), tuple(attention))
+    return ModelInputs(token_ids, previous_rows, positions, np.concatenate(output_rows), tuple(attention))

@@ -11,12 +11,14 @@ Laws:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from server.batching import ScheduledBatch, ScheduledSequence
 from server.engine.backend.base import TokenSampler
+from server.engine.batch import ScheduledBatch, ScheduledSequence
+from server.engine.faults import PendingStep
 from server.engine.inputs import AttentionMetadata, ModelInputs, PromptRows, build_inputs, missing_prompt_rows
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.models.gemma import GemmaModel
@@ -26,6 +28,15 @@ from server.engine.sequence import Sequence as EngineSequence
 
 _PROMPT_ROWS_AT_ONCE = 32
 _WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _HostStep:
+    runner: ModelRunner
+    batch: ScheduledBatch
+
+    def wait(self) -> list[SampledToken]:
+        return self.runner.execute(self.batch)
 
 
 class ModelRunner:
@@ -39,8 +50,15 @@ class ModelRunner:
         self._constraints = TokenConstraints(model.config.vocab_size)
         self._forward = model.capture(kv.by_layer, max(max_num_batched_tokens, 1 + _WARM_UP_TOKENS))
 
+    def launch(self, batch: ScheduledBatch) -> PendingStep:
+        """See `Runner.launch`. The host is the device: it computes when it is waited for."""
+        return _HostStep(self, batch)
+
     def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
-        """Computes the batch's tokens. `num_sampled` results for each sequence, in the batch's order."""
+        """Computes the batch's tokens. `num_sampled` results for each sequence, in the batch's order.
+
+        Nothing is in flight in front of it, so that the host knows all tokens.
+        """
         prompt_rows = [
             rows for scheduled in batch.sequences if (rows := missing_prompt_rows(scheduled)) is not None
         ]
@@ -69,6 +87,7 @@ class ModelRunner:
         )
         inputs = ModelInputs(
             token_ids=np.zeros(num_tokens, dtype=np.int64),
+            previous_rows=np.full(num_tokens, -1, dtype=np.int32),
             positions=np.concatenate([np.arange(count, dtype=np.int64) for count in counts]),
             output_rows=np.array([0, num_tokens - 1], dtype=np.int64),
             attention=(metadata,) * self._kv.num_groups,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -27,6 +28,8 @@ class Sequence:
       sequence lives, since the newest token has always yet to be computed.
     - There is no prefill or decode phase: a step computes some of `token_ids[num_computed:]`, and samples
       when it reaches the end.
+    - While steps are in flight, `num_computing` more entries are being computed and `num_sampling` more tokens
+      sampled. Both are 0 otherwise, and at preemption.
     - `block_tables[g][i]` is the block of KV group g that holds positions [i * block_size, (i+1) * block_size).
     """
 
@@ -34,6 +37,10 @@ class Sequence:
     token_ids: list[int]
     num_prompt_tokens: int
     num_computed: int = 0
+    num_computing: int = 0
+    num_sampling: int = 0
+    sampled_row: int = -1
+    """While a token is being sampled: which of its step's it is."""
     block_tables: list[list[int]] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     num_cached_tokens: int = 0
@@ -45,6 +52,11 @@ class Sequence:
     """Grows with the prefill, where asked for."""
     compiled_grammar: Matcher | None = None
     """That of `params.grammar`, at the beginning of the text; set before the sequence is scheduled."""
+    plain_from: int = 0
+    """Generated tokens from which on the next one follows from its logits, `temperature`, `top_k`, `top_p` and
+    `min_p` alone, and nothing is reported beside it; `sys.maxsize`: never."""
+    has_begun: bool = False
+    """Whether a step with some of it was launched."""
 
     @classmethod
     def from_request(cls, request: GenerateRequest) -> Sequence:
@@ -52,6 +64,7 @@ class Sequence:
             request=request,
             token_ids=list(request.prompt_token_ids),
             num_prompt_tokens=len(request.prompt_token_ids),
+            plain_from=_plain_from(request.params),
         )
 
     @property
@@ -70,6 +83,25 @@ class Sequence:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
+    @property
+    def num_planned(self) -> int:
+        """Tokens whose entries are there once all that is in flight has been taken in."""
+        return self.num_computed + self.num_computing
+
+    @property
+    def num_expected(self) -> int:
+        """Tokens that are there then."""
+        return len(self.token_ids) + self.num_sampling
+
     def followed_by(self, token_ids: Iterable[int]) -> Sequence:
         """What the sequence would be after these tokens, to look at: the rest it shares with the sequence."""
         return replace(self, token_ids=[*self.token_ids, *token_ids])
+
+
+def _plain_from(params: SamplingParams) -> int:
+    """See `Sequence.plain_from`."""
+    has_penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+    if params.is_constrained or has_penalties or params.logit_bias or params.logprobs is not None:
+        return sys.maxsize
+    with_first = 0 if params.prompt_logprobs is None else 1
+    return max(with_first, params.min_tokens if params.stop_token_ids else 0)

@@ -259,6 +259,9 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     num_accepted_tokens: int = 0
     """Of the draft tokens; those that turned out right."""
     step_seconds: float = 0.0
+    """From when the device could begin with the step until it was taken in; 0 where none was."""
+    wait_seconds: float = 0.0
+    """Of them, those in which the host had nothing to do but wait for the device."""
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):

@@ -14,21 +14,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from server.batching import ScheduledBatch
 from server.engine import loop
+from server.engine.batch import ScheduledBatch
 from server.engine.core import EngineCore
 from server.engine.grammar.compiler import GrammarCompiler
 from server.engine.pacing import PrefillPacer
 from server.engine.sampling.types import SampledToken
 from server.engine.types import EngineConfig, EngineInfo
-from tests.unit.engine_simulation import make_engine
+from tests.unit.engine_simulation import HostRunner, make_engine
 
 KILLED, FAULT, HANGS, BREATHLESS, GARBAGE, OVERSIZE, SLOW, KILLED_LATER = range(100, 108)
 """First tokens of prompts, and what happens in the step that computes them."""
 STEP_SECONDS = 0.01
 
 
-class ScriptedRunner:
+class ScriptedRunner(HostRunner):
     def __init__(self, execute: Callable[[ScheduledBatch], list[SampledToken]]) -> None:
         self._execute = execute
 

@@ -12,9 +12,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from server.batching import ScheduledSequence, Scheduler, SchedulerConfig
+from server.batching import Scheduler, SchedulerConfig
 from server.engine.backend.base import AnyBackend
 from server.engine.backend.reference import ReferenceBackend
+from server.engine.batch import ScheduledSequence
 from server.engine.dtype import DType
 from server.engine.inputs import PromptRows, build_inputs
 from server.engine.kv_cache.manager import KVCacheManager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.batching import ScheduledBatch
+from server.engine.batch import ScheduledBatch
 from tests.parity.harness import CONFIGS, WINDOW, Engine, assert_greedy, our_model, prompt, request
 
 PROMPTS = [prompt(length, seed=length) for length in (3 * WINDOW + 2, 1, WINDOW, 17, 4 * WINDOW + 1)]

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from server.batching import ScheduledBatch, Scheduler, SchedulerConfig
+from server.batching import Scheduler, SchedulerConfig
+from server.engine.batch import ScheduledBatch
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.models.config import KVGroupSpec
 from server.engine.sampling.types import SampledToken
@@ -120,7 +121,26 @@ class HalfKnowing(NgramSpeculator):
         self.known.discard(seq)
 
 
-class SimulatedModel:
+class HostRunner:
+    """A runner on the host, which computes a step when it is waited for."""
+
+    def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
+        raise NotImplementedError
+
+    def launch(self, batch: ScheduledBatch) -> HostStep:
+        return HostStep(self, batch)
+
+
+@dataclass(frozen=True)
+class HostStep:
+    runner: HostRunner
+    batch: ScheduledBatch
+
+    def wait(self) -> list[SampledToken]:
+        return self.runner.execute(self.batch)
+
+
+class SimulatedModel(HostRunner):
     """The storage behind the block tables, and the checks of every access to it."""
 
     def __init__(self, groups: Sequence[KVGroupSpec], num_blocks: Sequence[int], block_size: int) -> None:

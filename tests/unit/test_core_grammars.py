@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from server.batching import ScheduledBatch
+from server.engine.batch import ScheduledBatch
 from server.engine.core import EngineCore
 from server.engine.grammar import compiler as compiler_module
 from server.engine.grammar.compiler import GrammarCompiler
@@ -24,6 +24,7 @@ from server.grammar_library import GrammarError, Matcher, Vocabulary
 from tests.unit.engine_simulation import (
     VOCAB_SIZE,
     Engine,
+    HostRunner,
     fingerprints,
     make_engine,
     make_request,
@@ -34,7 +35,7 @@ from tests.unit.grammars import EOS, LANGUAGES, VOCABULARY_MESSAGE, make_vocabul
 REGEX = LANGUAGES["regex"]
 
 
-class Constrained:
+class Constrained(HostRunner):
     """The simulated model with a sampler that keeps to the masks."""
 
     def __init__(self, engine: Engine) -> None:

@@ -10,13 +10,14 @@ from collections.abc import Callable
 
 import pytest
 
+from server.engine.batch import ScheduledBatch
 from server.engine.core import EngineCore
 from server.engine.grammar.compiler import GrammarCompiler
 from server.engine.pacing import PrefillPacer
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import SequenceStatus
 from server.engine.types import FinishReason, GenerateRequest, StepOutput
-from tests.unit.engine_simulation import Engine, generate_alone, make_engine, make_request
+from tests.unit.engine_simulation import Engine, HostRunner, generate_alone, make_engine, make_request
 
 PROMPT = list(range(11))
 
@@ -202,15 +203,15 @@ def test_on_scarce_memory_nobody_is_overtaken_by_more_than_a_roomful() -> None:
 # --- the core ----------------------------------------------------------------------------------------------
 
 
-class Runner:
+class Runner(HostRunner):
     """The simulated model, behind which a message may arrive."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.during: Callable[[], None] = lambda: None
 
-    def execute(self, batch: object) -> list[SampledToken]:
-        sampled = self._engine.model.execute(batch)  # type: ignore[arg-type]
+    def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
+        sampled = self._engine.model.execute(batch)
         self.during()
         return sampled
 

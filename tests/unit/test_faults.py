@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.batching import ScheduledBatch
+from server.engine.batch import ScheduledBatch
 from server.engine.core import EngineCore
 from server.engine.faults import MAX_FAILED_STEPS
 from server.engine.grammar.compiler import GrammarCompiler
@@ -18,10 +18,10 @@ from server.engine.pacing import PrefillPacer
 from server.engine.sampling.types import SampledToken
 from server.engine.types import FinishReason, GenerateRequest, SequenceOutput
 from server.frontend.mailbox import merge
-from tests.unit.engine_simulation import Engine, generate_alone, make_engine, make_request
+from tests.unit.engine_simulation import Engine, HostRunner, generate_alone, make_engine, make_request
 
 
-class Faulty:
+class Faulty(HostRunner):
     """The simulated model, which fails where it is told to, after it has written to the cache."""
 
     def __init__(self, engine: Engine) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.batching import ScheduledSequence
+from server.engine.batch import ScheduledSequence
 from server.engine.inputs import PromptRows, build_inputs, missing_prompt_rows
 from server.engine.sequence import Sequence
 from server.engine.types import GenerateRequest, SamplingParams

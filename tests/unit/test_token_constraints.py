@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.batching import ScheduledSequence
+from server.engine.batch import ScheduledSequence
 from server.engine.sampling.constraints import TokenConstraints
 from server.engine.sampling.types import SampledToken
 from tests.unit.grammars import EOS, LANGUAGES, PIECES, make_vocabulary

@@ -134,11 +134,11 @@ class KVCacheManager:
         """Hold blocks for `num_new` more tokens, in all groups or (False) in none.
 
         For a sequence that holds nothing, those of its first `num_cached` tokens (as `find_cached_prefix` just
-        said) are shared and `num_new` follow them; otherwise they follow `num_computed`, and `num_cached` is 0.
+        said) are shared and `num_new` follow them; otherwise they follow `num_planned`, and `num_cached` is 0.
         """
         if not seq.block_tables:
             return self._allocate_first(seq, num_cached // self.block_size, num_cached + num_new)
-        num_missing = _ceil_div(seq.num_computed + num_new, self.block_size) - len(seq.block_tables[0])
+        num_missing = _ceil_div(seq.num_planned + num_new, self.block_size) - len(seq.block_tables[0])
         if num_missing > 0:
             if any(pool.num_free < num_missing for pool in self._pools):
                 return False
@@ -148,10 +148,10 @@ class KVCacheManager:
 
     def commit(self, seq: Sequence) -> None:
         """After the forward pass: publish full blocks below `num_computed`, release those out of sight and
-        those for tokens of a draft that was wrong."""
+        those for tokens of a draft that was wrong. A step in flight behind it keeps its blocks."""
         if self.uses_prefix_cache(seq):
             self._publish(seq)
-        num_blocks = _ceil_div(seq.num_computed, self.block_size)
+        num_blocks = _ceil_div(seq.num_planned, self.block_size)
         for pool, table in zip(self._pools, seq.block_tables, strict=True):
             pool.release(table[num_blocks:])
             del table[num_blocks:]
@@ -195,8 +195,8 @@ class KVCacheManager:
                     raise CacheInvariantError(
                         f"{self._names[group]}: {table} at {seq.num_computed} computed tokens"
                     )
-                if len(table) * self.block_size < seq.num_computed:
-                    raise CacheInvariantError(f"{len(table)} blocks for {seq.num_computed} computed tokens")
+                if len(table) * self.block_size < seq.num_planned:
+                    raise CacheInvariantError(f"{len(table)} blocks for {seq.num_planned} tokens")
 
     # --- details ------------------------------------------------------------------------------------------
 

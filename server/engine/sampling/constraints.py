@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from server.batching import ScheduledSequence
+from server.engine.batch import ScheduledSequence
 from server.engine.grammar.state import GrammarState, set_token
 from server.engine.sampling.types import SampledToken, TokenMask
 from server.engine.sequence import Sequence
