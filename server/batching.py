@@ -194,7 +194,8 @@ class Scheduler:
 
         None if the next step depends on what they are: that one has to be taken in, and `schedule` is next.
         """
-        if self._holds_back or len(self._running) <= self._speculator.max_tokens:  # there may be drafts
+        may_draft = 0 < len(self._running) <= self._speculator.max_tokens
+        if self._holds_back or may_draft:
             return None
         plan: _Plan = {}
         budget = self._budget(max_prefill_tokens)
