@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, field in ServerConfig.model_fields.items():
         default = "" if field.default in (None, []) else f" Default: {field.default}."
         text = f"{field.description}{default} [env {variable_name(name)}]".replace("%", "%%")
-        if field.annotation is bool:
+        if field.annotation in (bool, bool | None):
             parser.add_argument(option_name(name), action=argparse.BooleanOptionalAction, help=text)
         elif _is_list(field):
             parser.add_argument(option_name(name), nargs="+", action="extend", metavar="VALUE", help=text)

@@ -111,6 +111,11 @@ class ServerConfig(BaseModel):
         description="While streams run, prompts are computed in pieces so small that a step takes about so "
         "many times as long as without, at most. Lower: steadier streams; higher: earlier first tokens.",
     )
+    async_scheduling: bool | None = Field(
+        None,
+        description="Plan and launch each step while the GPU computes the one before it. Outputs stay the "
+        "same. On where the back end can, if not given; on a CPU none can, for the host is the device.",
+    )
     speculative_ngram_tokens: int | None = Field(
         None,
         ge=0,

@@ -239,6 +239,7 @@ class Runtime:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             prefill_stretch=config.prefill_stretch,
+            async_scheduling=config.async_scheduling,
             speculative_ngram_tokens=config.speculative_ngram_tokens,
             block_size=config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,

@@ -48,11 +48,13 @@ class _DeviceDefaults:
     """Of the memory that is free before loading, for weights, pools and activations."""
     max_kv_bytes: int | None
     """Pools are not made larger than this (or than one sequence of max_model_len) unless asked for."""
+    steps_in_flight: int
+    """That the pools have room for: a back end on a GPU may run ahead."""
 
 
 _DEFAULTS = {
-    "cpu": _DeviceDefaults(32, 512, 0.8, 4096 * MIB),
-    "cuda": _DeviceDefaults(256, 2048, 0.9, None),
+    "cpu": _DeviceDefaults(32, 512, 0.8, 4096 * MIB, 1),
+    "cuda": _DeviceDefaults(256, 2048, 0.9, None, 2),
 }
 
 
@@ -119,6 +121,7 @@ def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -
     sampler = backend.sampler(source.config.vocab_size, config.suppress_token_ids)
     runner = ModelRunner(model, kv, sampler, limits.max_num_batched_tokens)
     runner.warm_up()
+    runs_ahead = _runs_ahead(config, runner.can_run_ahead, backend.name, device)
 
     scheduler = Scheduler(
         SchedulerConfig(
@@ -147,7 +150,15 @@ def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -
         weight_bytes=weights_size,
     )
     pacer = PrefillPacer(config.prefill_stretch, limits.max_num_batched_tokens)
-    return EngineCore(scheduler, pacer, runner, GrammarCompiler(wake)), info
+    return EngineCore(scheduler, pacer, runner, GrammarCompiler(wake), runs_ahead=runs_ahead), info
+
+
+def _runs_ahead(config: EngineConfig, is_possible: bool, backend: str, device: str) -> bool:
+    if config.async_scheduling and not is_possible:
+        raise StartError(
+            f"--async-scheduling: the {backend} back end on the {device} cannot run ahead of the host"
+        )
+    return is_possible if config.async_scheduling is None else config.async_scheduling
 
 
 def _speculative_tokens(config: EngineConfig, backend: str) -> int:
@@ -170,7 +181,9 @@ def _limits(config: EngineConfig, model: GemmaConfig, defaults: _DeviceDefaults)
         raise StartError(
             f"--max-num-batched-tokens {max_num_batched_tokens} must be at least --max-num-seqs {max_num_seqs}"
         )
-    return PoolLimits(config.block_size, max_model_len, max_num_seqs, max_num_batched_tokens)
+    return PoolLimits(
+        config.block_size, max_model_len, max_num_seqs, max_num_batched_tokens, defaults.steps_in_flight
+    )
 
 
 def _kv_budget(config: EngineConfig, defaults: _DeviceDefaults, free_bytes: int, used: int, least: int) -> int:

@@ -39,6 +39,8 @@ class PoolLimits:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    steps_in_flight: int = 1
+    """Steps that are planned and not taken in, at most."""
 
     def blocks_of_one(self, group: KVGroupSpec) -> int:
         """Blocks with which one sequence of max_model_len tokens can run."""
@@ -52,7 +54,12 @@ class PoolLimits:
         if group.window is None:
             return num_seqs * -(-self.max_model_len // self.block_size)
         return sliding_pool_blocks(
-            group.window, self.block_size, num_seqs, self.max_num_batched_tokens, self.max_model_len
+            group.window,
+            self.block_size,
+            num_seqs,
+            self.max_num_batched_tokens,
+            self.max_model_len,
+            self.steps_in_flight,
         )
 
 

@@ -40,6 +40,9 @@ class _HostStep:
 
 
 class ModelRunner:
+    can_run_ahead = False
+    """Whether a step is computed beside the host, so that the next can be launched meanwhile."""
+
     def __init__(
         self, model: GemmaModel, kv: KVTensors, sampler: TokenSampler[Any], max_num_batched_tokens: int
     ) -> None:

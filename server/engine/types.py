@@ -116,6 +116,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens in one step at most; None: chosen by device."""
     prefill_stretch: float = 2.0
     """How many times the time of a step without prompts one with them may take, while streams run."""
+    async_scheduling: bool | None = None
+    """Whether each step is launched while the one before it is computed; None: where the back end can."""
     speculative_ngram_tokens: int | None = None
     """Guessed tokens that one step checks at most; 0: none. None: chosen by back end."""
     block_size: int = 16

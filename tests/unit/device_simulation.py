@@ -91,6 +91,7 @@ class SimulatedDevice:
         if self._last is None:
             assert (inputs.previous_rows == -1).all(), "there are no tokens to take"
         else:
+            assert self._last.batch.is_plain, "the host had a part in the tokens of the step in front"
             self.num_launched_ahead += 1
         step = Launched(
             self,

@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from server.engine.batch import ScheduledBatch
 from server.engine.core import EngineCore
 from server.engine.faults import MAX_FAILED_STEPS
+from server.engine.kv_cache.manager import sliding_pool_blocks
 from server.engine.pacing import PrefillPacer
 from server.engine.types import FinishReason, GenerateRequest, SequenceOutput, StepStats
 from server.frontend.mailbox import merge
@@ -54,14 +55,15 @@ class Stage:
         *,
         runs_ahead: bool = True,
         windows: tuple[int | None, ...] = (None,),
-        num_blocks: int = 200,
+        num_blocks: int | list[int] = 200,
         block_size: int = 4,
         **options: Any,
     ) -> None:
         options = {"max_num_batched_tokens": 64, "long_prefill_threshold": 64} | options
-        self.engine: Engine = make_engine(windows, [num_blocks] * len(windows), block_size, **options)
+        sizes = num_blocks if isinstance(num_blocks, list) else [num_blocks] * len(windows)
+        self.engine: Engine = make_engine(windows, sizes, block_size, **options)
         self.kv = self.engine.kv
-        self.device = device(groups_of(*windows), [num_blocks] * len(windows), block_size)
+        self.device = device(groups_of(*windows), sizes, block_size)
         self.device.tracks_writers = options.get("max_draft_tokens", 0) == 0
         self.core = EngineCore(
             self.engine.scheduler,
@@ -381,14 +383,48 @@ def test_nobody_is_preempted_for_a_step_before_the_one_in_flight_is_known() -> N
     stage.run()
     assert all(stage.is_right(request) for request in requests)
     assert sum(stats.num_preemptions for stats in stage.stats) == 0
-    with_drafts = Stage(max_draft_tokens=3, max_num_seqs=8)
-    requests = [make_request(str(number), [number], 9) for number in range(8)]
+
+
+@pytest.mark.parametrize(("count", "drafts"), [(2, True), (8, False)])
+def test_a_step_with_room_for_drafts_waits_for_the_tokens_to_guess_from(
+    count: int, drafts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(max_draft_tokens=3)
+    propose = stage.engine.speculator.propose
+    monkeypatch.setattr(
+        stage.engine.speculator,
+        "propose",
+        lambda seq, limit: propose(seq, limit if seq.num_generated % 3 == 2 else 0),
+    )
+    requests = [make_request(str(number), [number], 9) for number in range(count)]
     for request in requests:
-        with_drafts.core.add(request)
-    with_drafts.run()
-    assert all(with_drafts.is_right(request) for request in requests)
-    assert with_drafts.device.num_launched_ahead > 0
-    assert sum(stats.num_drafts for stats in with_drafts.stats) == 0, "eight are too many for drafts"
+        stage.core.add(request)
+    stage.run()
+    assert all(stage.is_right(request) for request in requests)
+    assert (sum(stats.num_drafts for stats in stage.stats) > 0) is drafts
+    assert (stage.device.num_launched_ahead == 0) is drafts
+
+
+@pytest.mark.covers("K11")
+def test_a_sliding_pool_of_the_size_for_two_steps_never_holds_the_engine_back() -> None:
+    size = sliding_pool_blocks(6, 4, 4, 16, max_model_len=1000, steps_in_flight=2)
+    stage = Stage(
+        windows=(None, 6),
+        num_blocks=[300, size],
+        enable_prefix_caching=False,
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        long_prefill_threshold=8,
+    )
+    requests = [make_request(str(number), [number % 7] * (50 + number), 40) for number in range(12)]
+    for request in requests:
+        stage.core.add(request)
+    num_steps = 0
+    while stage.core.has_work():
+        stage.step()
+        num_steps += stage.stats[-1].step_seconds > 0
+    assert all(stage.is_right(request) for request in requests)
+    assert stage.device.num_launched_ahead == num_steps - 1
 
 
 # --- steps that fail ---------------------------------------------------------------------------------------

@@ -30,14 +30,22 @@ from server.engine.types import PoolSnapshot
 
 
 def sliding_pool_blocks(
-    window: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+    window: int,
+    block_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_model_len: int,
+    steps_in_flight: int = 1,
 ) -> int:
     """Blocks with which the pool of a sliding group can never be the one that runs short.
 
-    A sequence keeps at most ceil(window / block_size) + 1 blocks between steps; the tokens of one step add at
-    most one more block for each sequence, and one for every `block_size` of them.
+    A sequence keeps at most ceil(window / block_size) + 1 blocks between steps; the tokens of each step that is
+    planned and not taken in add one more block for each sequence at most, and one for every `block_size` of
+    them.
     """
-    windows = max_num_seqs * (_ceil_div(window, block_size) + 2) + _ceil_div(max_num_batched_tokens, block_size)
+    kept = _ceil_div(window, block_size) + 1
+    chunks = steps_in_flight * _ceil_div(max_num_batched_tokens, block_size)
+    windows = max_num_seqs * (kept + steps_in_flight) + chunks
     return min(windows, max_num_seqs * _ceil_div(max_model_len, block_size))
 
 
