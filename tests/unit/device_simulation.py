@@ -32,6 +32,7 @@ Writer = tuple[str, int, int]
 """Request id, number of preemptions, and which block of the sequence it is."""
 Fault = Callable[[ScheduledBatch], Exception | None]
 GARBAGE = 2**30
+NAN = "NaN"
 
 
 @dataclass
@@ -70,6 +71,8 @@ class SimulatedDevice:
         """Not computed yet, in order."""
         self._last: Launched | None = None
         """Launched last, if it has not been waited for."""
+        self.bad_rows: set[str] = set()
+        """Request ids whose logits come out as NaN; the tokens then are none, and -1 for the next step."""
         self.is_eager: Callable[[], bool] = lambda: False
         """Whether what was launched is computed at once; if not, when it is waited for."""
         self.fault_in_launch: Fault = lambda batch: None
@@ -123,7 +126,9 @@ class SimulatedDevice:
         if step.error is not None:
             raise step.error
         if step.batch.is_plain:
-            return [SampledToken(token) for token in step.sampled]
+            return [
+                SampledToken(token) if token >= 0 else SampledToken(-1, error=NAN) for token in step.sampled
+            ]
         assert step.results is not None
         return step.results
 
@@ -168,6 +173,10 @@ class SimulatedDevice:
         outputs = [prints[row] for row in inputs.output_rows.tolist()[: len(step.num_generated)]]
         step.sampled = [
             next_token(hash((value, count))) for value, count in zip(outputs, step.num_generated, strict=True)
+        ]
+        owners = [step.writers[row][0] for row in inputs.output_rows.tolist()[: len(step.num_generated)]]
+        step.sampled = [
+            -1 if owner in self.bad_rows else token for owner, token in zip(owners, step.sampled, strict=True)
         ]
         if not step.batch.is_plain and not is_garbage:
             step.results = self._sample_on_host(step)

@@ -122,6 +122,7 @@ def test_limits_that_are_given_are_kept(model_path: str) -> None:
         ({"dtype": "float16"}, "--dtype float16"),
         ({"kv_cache_memory_bytes": 1000}, "lower --max-model-len"),
         ({"gpu_memory_utilization": 1e-9}, "only 0 MiB are left"),
+        ({"async_scheduling": True}, "--async-scheduling: the .* back end on the cpu cannot run ahead"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_a_message_for_people(

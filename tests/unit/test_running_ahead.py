@@ -536,6 +536,26 @@ def test_random_failures_cost_those_that_they_meet_and_nobody_else(seed: int) ->
             assert stage.is_right(request)
 
 
+def test_a_row_that_cannot_be_sampled_ends_alone_though_the_next_step_builds_on_it() -> None:
+    stage = Stage()
+    prompts = {"bad": [1, 2, 3, 4, 5], "good": [3, 4, 5, 6]}
+    requests = {key: make_request(key, prompt, 12) for key, prompt in prompts.items()}
+    for request in requests.values():
+        stage.core.add(request)
+    for _ in range(4):
+        stage.step()
+    stage.device.bad_rows = {"bad"}
+    stage.step()
+    stage.device.bad_rows = set()
+    stage.core.add(make_request("again", prompts["bad"], 12))
+    stage.run()
+    assert ended_with_error(stage) == {"bad"}
+    assert stage.outputs["bad"].error == "NaN"
+    assert stage.is_right(requests["good"])
+    assert stage.is_right(make_request("again", prompts["bad"], 12))
+    assert stage.outputs["again"].num_cached_tokens == 0, "what gave a bad row is not found again"
+
+
 @pytest.mark.covers("E07")
 def test_a_poisoned_device_is_the_engine_s_end_with_a_step_in_flight_too() -> None:
     stage = Stage()
