@@ -55,7 +55,14 @@ class GemmaModel:
         caches: one for each layer. The function returns the normalised hidden states of `inputs.output_rows`,
         [R, hidden], which can be sliced by rows.
         """
-        return self.backend.capture(lambda step: self._forward(step, caches), max_tokens)
+        return self.backend.capture(self.decoder(caches), max_tokens)
+
+    def decoder(self, caches: Sequence[Any]) -> Callable[[Any], Any]:
+        """What a step computes: from the back end's form of it to the normalised hidden states, [T, hidden].
+
+        caches: one for each layer.
+        """
+        return lambda step: self._forward(step, caches)
 
     def compute_logits(self, hidden: Any) -> Any:
         """[S, hidden] from a captured step -> [S, vocabulary] fp32. One row of a 256k vocabulary takes 1 MB.

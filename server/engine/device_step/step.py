@@ -1,0 +1,199 @@
+"""The whole step on the device: from packed inputs to sampled tokens, without a word to the host in between.
+
+One step:
+
+    host      build_inputs ── pack ──┐ one copy                                   ┌── wait ── token ids
+    device                           └─ embed ── layers ── logits ── sample ──────┘ one copy
+                                          └──────── tokens of the step before
+
+Laws:
+
+- The tensors that a step reads and writes stay where they are, so that it can be recorded and replayed.
+- Steps of decodes only are padded to one of a few sizes. The first step of a size runs as it is and is recorded
+  behind that; later ones are replays. All others run as they are, on the same buffer.
+- The sampled tokens of two steps are kept: a step reads the other half of them than it writes. Run twice, it
+  does the same.
+- A pinned buffer is written again only when its copy is done, and a step is launched only when the one before
+  the last has been waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from server.engine.device_step.inputs import DeviceInputs, StepArrays
+from server.engine.device_step.layout import StepLayout, StepShape
+from server.engine.device_step.queue import DeviceQueue, Mark
+from server.engine.inputs import Int32Array, ModelInputs
+from server.engine.memory import PoolLimits
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceModel:
+    """What a step computes, in torch operations whose shapes follow from those of their inputs alone."""
+
+    forward: Callable[[DeviceInputs], Tensor]
+    """Stores the step's keys and values. Returns the normalised hidden states of all rows, [T, hidden]."""
+    logits: Callable[[Tensor], Tensor]
+    """[R, hidden] -> fp32 [R, vocabulary]"""
+    sample: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    """Logits, which may be overwritten, and the sampler's arrays -> ids [R]; negative where there is none."""
+    sampling: Mapping[str, np.dtype[Any]]
+    """Name and type of each of those arrays; zeros are a row that is cheap to sample."""
+
+
+class PendingTokens:
+    """The sampled tokens of a step that may not be done yet."""
+
+    def __init__(self, tokens: Tensor, mark: Mark) -> None:
+        self._tokens = tokens
+        self._mark = mark
+
+    def wait(self) -> list[int]:
+        """An id for each output row, in order; negative where none could be sampled."""
+        self._mark.wait()
+        token_ids: list[int] = self._tokens.tolist()
+        return token_ids
+
+
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """The sizes to which steps of decodes are padded, ascending: few, and none much larger than its steps."""
+    sizes = [1, 2, 4, *range(8, 32, 8), *range(32, 256, 16), *range(256, max_num_seqs, 32)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+class DeviceStep:
+    """Launches steps on one queue. Not thread-safe."""
+
+    def __init__(self, queue: DeviceQueue, model: DeviceModel, limits: PoolLimits, num_groups: int) -> None:
+        self._queue = queue
+        self._model = model
+        self._limits = limits
+        self._num_groups = num_groups
+        self._sizes = decode_sizes(limits.max_num_seqs)
+        self._decodes: dict[int, _Decodes] = {}
+        """By size, those that were asked for."""
+        num_tokens, num_seqs = limits.max_num_batched_tokens, limits.max_num_seqs
+        num_words = self._layout(StepShape(num_tokens, num_seqs, num_tokens), model.sampling).num_words
+        self._inputs = queue.persistent((num_words,), torch.int32)
+        self._staging = [_Staging(queue.pinned(num_words)) for _ in range(2)]
+        self._sampled = queue.persistent((2, num_seqs), torch.int32)
+        self._taken = [queue.pinned(num_seqs) for _ in range(2)]
+        self._half = 0
+        """Which of each two the next step writes."""
+
+    def launch(self, inputs: ModelInputs, sampling: Mapping[str, npt.NDArray[Any]]) -> PendingTokens:
+        """Enqueues a step all of whose output rows sample; `inputs.previous_rows` are of the last one launched.
+
+        sampling: the arrays of `DeviceModel.sampling`, each [R].
+        """
+        shape = StepShape.of(inputs)
+        if shape != StepShape.of_decodes(shape.num_seqs):
+            layout = self._layout(shape, self._model.sampling)
+            arrays = self._arrays_of(layout, inputs)
+            self._upload(layout, inputs, sampling)
+            self._queue.run(partial(self._compute, arrays))
+            return self._take(shape.num_output_rows)
+        decodes = self._decodes_for(shape.num_seqs)
+        self._upload(decodes.layout, inputs, sampling)
+        if decodes.replay is not None:
+            decodes.replay()
+            return self._take(shape.num_output_rows)
+        self._queue.run(decodes.compute)
+        pending = self._take(shape.num_output_rows)
+        decodes.replay = self._queue.record(decodes.compute)
+        return pending
+
+    def hidden(self, inputs: ModelInputs) -> Tensor:
+        """Runs a step whose tokens are chosen elsewhere, and all of whose token ids the host knows.
+
+        Returns the hidden states of its output rows, [R, hidden].
+        """
+        layout = self._layout(StepShape.of(inputs), {})
+        arrays = self._arrays_of(layout, inputs)
+        self._upload(layout, inputs, {})
+        return self._queue.result(partial(self._hidden, arrays))
+
+    def _layout(self, shape: StepShape, sampling: Mapping[str, np.dtype[Any]]) -> StepLayout:
+        max_blocks = -(-self._limits.max_model_len // self._limits.block_size)
+        return StepLayout(shape, self._num_groups, max_blocks, sampling)
+
+    def _arrays_of(self, layout: StepLayout, inputs: ModelInputs) -> StepArrays:
+        metadata = inputs.attention[0]
+        max_query_len = int(np.diff(metadata.query_start).max())
+        block_size = self._limits.block_size
+        return StepArrays.of(self._inputs, layout, block_size, max_query_len, int(metadata.seq_lens.max()))
+
+    def _decodes_for(self, num_seqs: int) -> _Decodes:
+        size = next(size for size in self._sizes if size >= num_seqs)
+        if size not in self._decodes:
+            layout = self._layout(StepShape.of_decodes(size), self._model.sampling)
+            limits = self._limits
+            arrays = StepArrays.of(self._inputs, layout, limits.block_size, 1, limits.max_model_len)
+            self._decodes[size] = _Decodes(layout, partial(self._compute, arrays))
+        return self._decodes[size]
+
+    def _upload(
+        self, layout: StepLayout, inputs: ModelInputs, sampling: Mapping[str, npt.NDArray[Any]]
+    ) -> None:
+        staging = self._staging[self._half]
+        if staging.copied is not None:
+            staging.copied.wait()
+        slots = self._sampled.shape[1]
+        num_words = layout.pack(staging.words, inputs, sampling, (1 - self._half) * slots, self._half * slots)
+        self._queue.copy(self._inputs[:num_words], staging.pinned[:num_words])
+        staging.copied = self._queue.mark()
+
+    def _take(self, num_tokens: int) -> PendingTokens:
+        """Enqueues the copy of the tokens to the host, and turns to the other halves."""
+        tokens = self._taken[self._half][:num_tokens]
+        if num_tokens > 0:
+            self._queue.copy(tokens, self._sampled[self._half, :num_tokens])
+        self._half = 1 - self._half
+        return PendingTokens(tokens, self._queue.mark())
+
+    # --- in the queue ---------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _compute(self, arrays: StepArrays) -> None:
+        hidden = self._hidden(arrays)
+        if len(hidden) > 0:
+            token_ids = self._model.sample(self._model.logits(hidden), arrays.sampling)
+            self._sampled.view(-1).index_copy_(0, arrays.sampled_slots.long(), token_ids.int())
+
+    @torch.inference_mode()
+    def _hidden(self, arrays: StepArrays) -> Tensor:
+        hidden = self._model.forward(arrays.with_tokens_of(self._sampled.view(-1)))
+        return hidden.index_select(0, arrays.output_rows)
+
+
+@dataclass(slots=True)
+class _Staging:
+    """A step's arrays on their way to the device."""
+
+    pinned: Tensor
+    copied: Mark | None = None
+    """Until then the buffer is the device's."""
+
+    @property
+    def words(self) -> Int32Array:
+        words: Int32Array = self.pinned.numpy()
+        return words
+
+
+@dataclass(slots=True)
+class _Decodes:
+    """Steps of one size in which each sequence has one new token."""
+
+    layout: StepLayout
+    compute: Callable[[], None]
+    replay: Callable[[], None] | None = None
+    """Once recorded."""

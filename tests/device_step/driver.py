@@ -1,0 +1,110 @@
+"""Drives a device step one step ahead of its results, by a plan of who is computed when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from server.batching import ScheduledSequence
+from server.engine.device_step.step import DeviceModel, DeviceStep, PendingTokens
+from server.engine.inputs import build_inputs
+from server.engine.kv_cache.manager import KVCacheManager
+from server.engine.kv_cache.tensors import KVTensors
+from server.engine.memory import PoolLimits
+from server.engine.models.config_reader import read_hf
+from server.engine.models.gemma import GemmaModel
+from server.engine.sampling.rng import uniform
+from server.engine.sequence import Sequence as EngineSequence
+from tests.device_step.static_backend import SAMPLING, StaticBackend, sample
+from tests.device_step.thread_queue import ThreadQueue
+from tests.parity.harness import CONFIGS, checkpoint, load_model
+
+UNKNOWN = 10**6
+"""Stands for a token that only the device knows; no vocabulary has it."""
+
+
+@dataclass(eq=False)
+class Driver:
+    """At most one step is under way when another is launched. Sequences are computed as the caller says."""
+
+    model: GemmaModel
+    queue: ThreadQueue
+    num_blocks: int = 200
+    _pending: tuple[PendingTokens, list[EngineSequence]] | None = None
+
+    def __post_init__(self) -> None:
+        limits = self.limits = PoolLimits(
+            block_size=4, max_model_len=64, max_num_seqs=9, max_num_batched_tokens=64
+        )
+        groups = self.model.config.kv_groups()
+        counts = [self.num_blocks] * len(groups)
+        self.kv = KVTensors(self.model.backend, groups, counts, limits.block_size)
+        self.manager = KVCacheManager(groups, counts, limits.block_size, False, limits.max_num_batched_tokens)
+        decoder = self.model.decoder(self.kv.by_layer)
+        backend = self.model.backend
+        assert isinstance(backend, StaticBackend)
+        device_model = DeviceModel(
+            forward=lambda inputs: decoder(backend.device_step(inputs)),
+            logits=self.model.compute_logits,
+            sample=sample,
+            sampling=SAMPLING,
+        )
+        self.step = DeviceStep(self.queue, device_model, limits, len(groups))
+        self.results: dict[str, list[int]] = {}
+
+    def launch(self, plan: Iterable[tuple[EngineSequence, int]]) -> None:
+        """Computes so many tokens of each, and takes the step before in."""
+        previous = [] if self._pending is None else self._pending[1]
+        scheduled = []
+        for seq, num_new in plan:
+            assert self.manager.allocate(seq, 0, num_new)
+            samples = seq.num_computed + num_new == seq.num_tokens
+            scheduled.append(ScheduledSequence(seq, seq.num_computed, num_new, samples))
+        inputs = build_inputs(scheduled, [], self.kv.num_groups, self.limits.block_size)
+        last_rows = inputs.attention[0].query_start[1:] - 1
+        for row, one in zip(last_rows.tolist(), scheduled, strict=True):
+            if inputs.token_ids[row] == UNKNOWN:
+                inputs.previous_rows[row] = previous.index(one.seq)
+        sampling = [one.seq for one in scheduled if one.samples]
+        pending = self.step.launch(inputs, sampling_arrays(sampling))
+        for one in scheduled:
+            one.seq.num_computed += one.num_new
+        self.take()
+        for one in scheduled:
+            self.manager.commit(one.seq)
+        for seq in sampling:
+            seq.token_ids.append(UNKNOWN)
+        self._pending = pending, sampling
+
+    def take(self) -> None:
+        """Waits for the step that is under way."""
+        if self._pending is not None:
+            pending, seqs = self._pending
+            self._pending = None
+            for seq, token in zip(seqs, pending.wait(), strict=True):
+                seq.token_ids[seq.token_ids.index(UNKNOWN)] = token
+
+    def finish(self, seq: EngineSequence) -> list[int]:
+        """What the sequence has generated; it leaves, with the token that is not known yet."""
+        self.take()
+        self.manager.free(seq)
+        return seq.token_ids[seq.num_prompt_tokens :]
+
+
+def sampling_arrays(seqs: Sequence[EngineSequence]) -> dict[str, np.ndarray]:
+    rows = [
+        (p.temperature, p.top_k, p.top_p, p.min_p, uniform(p.seed, seq.num_generated))
+        for seq in seqs
+        for p in (seq.params,)
+    ]
+    columns = list(zip(*rows, strict=True)) or [()] * len(SAMPLING)
+    return {
+        name: np.array(column, dtype=dtype)
+        for (name, dtype), column in zip(SAMPLING.items(), columns, strict=True)
+    }
+
+
+def static_model(name: str) -> GemmaModel:
+    return load_model(read_hf(CONFIGS[name]), StaticBackend(), checkpoint(name))

@@ -1,0 +1,111 @@
+"""A back end and a sampler for tests, whose operations fit a recorded step: no shape depends on a value.
+
+They compute each row by itself, so that it is bit for bit the same in any company, and in fp32 all through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.engine.backend.base import AttentionLayer, Rope
+from server.engine.backend.reference import Matrix, ReferenceBackend, _rms_norm, _rotate, rope_angles
+from server.engine.backend.reference_attention import KVCache
+from server.engine.device_step.inputs import DeviceInputs
+from server.engine.dtype import DType
+
+
+class StaticStep:
+    def __init__(self, inputs: DeviceInputs) -> None:
+        self.inputs = inputs
+        self.token_ids = inputs.token_ids
+        rows = torch.arange(len(inputs.token_ids))
+        self.sequences = torch.bucketize(rows, inputs.query_start[1:], right=True)
+        """[T]: whose each row is."""
+
+    def angles(self, rope: Rope) -> tuple[Tensor, Tensor]:
+        return rope_angles(rope, self.inputs.positions)
+
+
+class StaticBackend(ReferenceBackend):
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), DType.FLOAT32)
+
+    def device_step(self, inputs: DeviceInputs) -> StaticStep:
+        return StaticStep(inputs)
+
+    def linear(self, x: Tensor, weight: Matrix) -> Tensor:
+        assert isinstance(weight, Tensor)
+        return (x[:, None, :] * weight).sum(dim=-1)
+
+    def attention(self, qkv: Tensor, layer: AttentionLayer[Tensor], cache: KVCache, step: StaticStep) -> Tensor:  # type: ignore[override]
+        spec, inputs = layer.spec, step.inputs
+        heads = qkv.view(qkv.shape[0], -1, spec.head_dim)
+        q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        cos, sin = step.angles(layer.rope)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = _rms_norm(q, layer.q_norm, layer.eps), _rms_norm(k, layer.k_norm, layer.eps)
+        q, k = _rotate(q, cos, sin) * spec.scale, _rotate(k, cos, sin)
+        group = inputs.groups[layer.group]
+        cache.keys.view(-1, *k.shape[1:]).index_copy_(0, group.slot_mapping.long(), k)
+        cache.values.view(-1, *v.shape[1:]).index_copy_(0, group.slot_mapping.long(), v)
+
+        num_blocks = group.block_table.shape[1]
+        key = torch.arange(num_blocks * inputs.block_size)
+        position = inputs.positions[:, None]
+        visible = key <= position  # [T, keys]
+        if spec.window is not None:
+            visible &= key > position - spec.window
+        used = (inputs.seq_lens + inputs.block_size - 1) // inputs.block_size
+        is_used = torch.arange(num_blocks) < used[:, None]
+        blocks = torch.where(is_used, group.block_table, 0)[step.sequences]  # [T, blocks]
+        # [T, keys, kv_heads, head_dim], what is masked zeroed, for it may be NaN
+        keys, values = (
+            storage[blocks].flatten(1, 2).masked_fill(~visible[:, :, None, None], 0.0)
+            for storage in (cache.keys, cache.values)
+        )
+        q = q.view(q.shape[0], spec.num_kv_heads, -1, 1, spec.head_dim)
+        scores = (q * keys.permute(0, 2, 1, 3)[:, :, None]).sum(dim=-1)  # [T, kv_heads, group, keys]
+        if spec.softcap is not None:
+            scores = (scores / spec.softcap).tanh() * spec.softcap
+        scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+        shares = torch.softmax(scores, dim=-1)
+        return (shares[..., None] * values.permute(0, 2, 1, 3)[:, :, None]).sum(dim=-2).flatten(1)
+
+
+SAMPLING = {
+    "temperature": np.dtype(np.float32),
+    "top_k": np.dtype(np.int32),
+    "top_p": np.dtype(np.float32),
+    "min_p": np.dtype(np.float32),
+    "uniform": np.dtype(np.float64),
+}
+
+
+def sample(logits: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+    """As `sampling.sampler` does: in order of the vocabulary, or from the likeliest down where some are cut."""
+    vocab_size = logits.shape[1]
+    logits = logits.double()
+    greedy = (arrays["temperature"] < 1e-5) | (arrays["top_k"] == 1)
+    temperature = arrays["temperature"].double().clamp(min=1e-5)[:, None]
+    top_k = torch.where(arrays["top_k"] == 0, vocab_size, arrays["top_k"]).clamp(max=vocab_size)
+    top_p, min_p, uniform = (arrays[name].double() for name in ("top_p", "min_p", "uniform"))
+
+    likeliest, ids = logits.sort(dim=1, descending=True, stable=True)
+    weights = ((likeliest - likeliest[:, :1]) / temperature).exp()
+    cumulative = weights.cumsum(dim=1)
+    kept = torch.minimum((weights >= min_p[:, None]).sum(dim=1), top_k)
+    mass = cumulative.gather(1, kept[:, None] - 1)
+    nucleus = torch.minimum((cumulative < top_p[:, None] * mass).sum(dim=1) + 1, kept)
+    threshold = uniform[:, None] * cumulative.gather(1, nucleus[:, None] - 1)
+    truncated = ids.gather(1, (cumulative <= threshold).sum(dim=1, keepdim=True).clamp(max=vocab_size - 1))
+
+    in_order = ((logits - likeliest[:, :1]) / temperature).exp().cumsum(dim=1)
+    column = (in_order <= uniform[:, None] * in_order[:, -1:]).sum(dim=1, keepdim=True)
+    is_cut = (top_k < vocab_size) | (top_p < 1.0) | (min_p > 0.0)
+    drawn = torch.where(is_cut[:, None], truncated, column.clamp(max=vocab_size - 1))[:, 0]
+    chosen = torch.where(greedy, ids[:, 0], drawn)
+    return torch.where(likeliest[:, 0].isfinite(), chosen, -1)

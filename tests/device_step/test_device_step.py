@@ -1,0 +1,120 @@
+"""Steps on a device, launched ahead of their results, give the tokens of the synchronous engine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from server.engine.device_step.step import decode_sizes
+from server.engine.sequence import Sequence
+from server.engine.types import GenerateRequest
+from tests.device_step.driver import Driver, static_model
+from tests.device_step.thread_queue import ThreadQueue
+from tests.parity.harness import Engine, our_model, prompt, request
+
+SAMPLING: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 1.3, "top_k": 5},
+    {"temperature": 1.0, "min_p": 0.1, "top_k": 20},
+]
+
+
+@pytest.fixture
+def queue() -> Iterator[ThreadQueue]:
+    one = ThreadQueue()
+    yield one
+    one.close()
+
+
+def requests(count: int, max_tokens: int, seed: int = 0) -> list[GenerateRequest]:
+    """Of different lengths, greedy and random ones."""
+    lengths = random.Random(seed).choices(range(1, 14), k=count)
+    return [
+        request(
+            prompt(length, seed=seed + index),
+            request_id=f"r{index}",
+            **SAMPLING[index % len(SAMPLING)] | {"max_tokens": max_tokens, "seed": seed + index},
+        )
+        for index, length in enumerate(lengths)
+    ]
+
+
+def alone(name: str, one: GenerateRequest) -> list[int]:
+    """What the synchronous engine generates."""
+    return Engine(our_model(name)).generate([one])[0]
+
+
+def prefill(driver: Driver, seqs: list[Sequence]) -> None:
+    driver.launch([(seq, seq.num_tokens) for seq in seqs])
+
+
+@pytest.mark.parametrize("name", ["gemma1", "gemma3"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 9])
+def test_decodes_around_the_edges_of_the_sizes_give_what_each_sequence_gives_alone(
+    queue: ThreadQueue, name: str, count: int
+) -> None:
+    driver = Driver(static_model(name), queue)
+    wanted = requests(count, max_tokens=10, seed=count)
+    seqs = [Sequence.from_request(one) for one in wanted]
+    prefill(driver, seqs)
+    for _ in range(9):
+        driver.launch([(seq, 1) for seq in seqs])
+    for one, seq in zip(wanted, seqs, strict=True):
+        assert driver.finish(seq) == alone(name, one)
+    assert queue.num_recordings == 1
+    assert queue.num_replays == 8
+
+
+def test_a_step_takes_one_copy(queue: ThreadQueue) -> None:
+    driver = Driver(static_model("gemma2"), queue)
+    seqs = [Sequence.from_request(one) for one in requests(3, max_tokens=4)]
+    prefill(driver, seqs)
+    for _ in range(3):
+        driver.launch([(seq, 1) for seq in seqs])
+    assert queue.num_copies_in == 4
+
+
+@pytest.mark.parametrize("name", ["gemma1-multi-query", "gemma2", "gemma3-all-sliding"])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_course_of_steps_gives_what_each_sequence_gives_alone(
+    queue: ThreadQueue, name: str, seed: int
+) -> None:
+    """Sequences join and leave, in prompts of several chunks beside decodes, in an order that changes."""
+    rng = random.Random(seed)
+    driver = Driver(static_model(name), queue)
+    wanted = requests(14, max_tokens=16, seed=100 * seed)
+    waiting = [Sequence.from_request(one) for one in wanted]
+    running: list[Sequence] = []
+    generated: dict[str, list[int]] = {}
+    while waiting or running:
+        while waiting and len(running) < 9 and rng.random() < 0.4:
+            running.append(waiting.pop(0))
+        rng.shuffle(running)
+        plan = []
+        for seq in running:
+            left = seq.num_tokens - seq.num_computed
+            if rng.random() < 0.9:
+                plan.append((seq, rng.randint(1, left)))
+        # Those with one token come first, as from the scheduler.
+        plan.sort(key=lambda one: one[1] > 1)
+        if plan:
+            driver.launch(plan)
+        for seq in [seq for seq in running if seq.num_generated >= 16]:
+            running.remove(seq)
+            generated[seq.request_id] = driver.finish(seq)[:16]
+    for one in wanted:
+        assert generated[one.request_id] == alone(name, one)
+    assert queue.num_replays > 10
+
+
+def test_the_sizes_are_few_and_fit() -> None:
+    assert decode_sizes(1) == [1]
+    assert decode_sizes(9) == [1, 2, 4, 8, 9]
+    assert decode_sizes(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert decode_sizes(1000)[-3:] == [960, 992, 1000]
+    assert len(decode_sizes(256)) < 25
