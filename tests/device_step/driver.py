@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from server.batching import ScheduledSequence
+from server.engine.device_step.queue import DeviceQueue
 from server.engine.device_step.step import DeviceModel, DeviceStep, PendingTokens
-from server.engine.inputs import build_inputs
+from server.engine.inputs import ModelInputs, build_inputs
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.memory import PoolLimits
@@ -18,8 +20,9 @@ from server.engine.models.gemma import GemmaModel
 from server.engine.sampling.rng import uniform
 from server.engine.sequence import Sequence as EngineSequence
 from tests.device_step.static_backend import SAMPLING, StaticBackend, sample
-from tests.device_step.thread_queue import ThreadQueue
 from tests.parity.harness import CONFIGS, checkpoint, load_model
+
+Sampler = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 UNKNOWN = 10**6
 """Stands for a token that only the device knows; no vocabulary has it."""
@@ -30,7 +33,8 @@ class Driver:
     """At most one step is under way when another is launched. Sequences are computed as the caller says."""
 
     model: GemmaModel
-    queue: ThreadQueue
+    queue: DeviceQueue
+    sample: Sampler = sample
     num_blocks: int = 200
     _pending: tuple[PendingTokens, list[EngineSequence]] | None = None
 
@@ -48,7 +52,7 @@ class Driver:
         device_model = DeviceModel(
             forward=lambda inputs: decoder(backend.device_step(inputs)),
             logits=self.model.compute_logits,
-            sample=sample,
+            sample=self.sample,
             sampling=SAMPLING,
         )
         self.step = DeviceStep(self.queue, device_model, limits, len(groups))
@@ -57,12 +61,7 @@ class Driver:
     def launch(self, plan: Iterable[tuple[EngineSequence, int]]) -> None:
         """Computes so many tokens of each, and takes the step before in."""
         previous = [] if self._pending is None else self._pending[1]
-        scheduled = []
-        for seq, num_new in plan:
-            assert self.manager.allocate(seq, 0, num_new)
-            samples = seq.num_computed + num_new == seq.num_tokens
-            scheduled.append(ScheduledSequence(seq, seq.num_computed, num_new, samples))
-        inputs = build_inputs(scheduled, [], self.kv.num_groups, self.limits.block_size)
+        scheduled, inputs = self.plan(plan)
         last_rows = inputs.attention[0].query_start[1:] - 1
         for row, one in zip(last_rows.tolist(), scheduled, strict=True):
             if inputs.token_ids[row] == UNKNOWN:
@@ -77,6 +76,27 @@ class Driver:
         for seq in sampling:
             seq.token_ids.append(UNKNOWN)
         self._pending = pending, sampling
+
+    def compute(self, plan: Iterable[tuple[EngineSequence, int]]) -> None:
+        """Computes so many tokens of each, greedily, with the tokens chosen by the host."""
+        self.take()
+        scheduled, inputs = self.plan(plan)
+        sampling = [one.seq for one in scheduled if one.samples]
+        logits = self.model.compute_logits(self.step.hidden(inputs))
+        for seq, token in zip(sampling, logits.argmax(dim=1).tolist(), strict=True):
+            seq.token_ids.append(token)
+        for one in scheduled:
+            one.seq.num_computed += one.num_new
+            self.manager.commit(one.seq)
+
+    def plan(self, plan: Iterable[tuple[EngineSequence, int]]) -> tuple[list[ScheduledSequence], ModelInputs]:
+        """Takes the blocks for a step."""
+        scheduled = []
+        for seq, num_new in plan:
+            assert self.manager.allocate(seq, 0, num_new)
+            samples = seq.num_computed + num_new == seq.num_tokens
+            scheduled.append(ScheduledSequence(seq, seq.num_computed, num_new, samples))
+        return scheduled, build_inputs(scheduled, [], self.kv.num_groups, self.limits.block_size)
 
     def take(self) -> None:
         """Waits for the step that is under way."""
@@ -106,5 +126,5 @@ def sampling_arrays(seqs: Sequence[EngineSequence]) -> dict[str, np.ndarray]:
     }
 
 
-def static_model(name: str) -> GemmaModel:
-    return load_model(read_hf(CONFIGS[name]), StaticBackend(), checkpoint(name))
+def static_model(name: str, device: str = "cpu") -> GemmaModel:
+    return load_model(read_hf(CONFIGS[name]), StaticBackend(device), checkpoint(name))

@@ -22,7 +22,7 @@ class StaticStep:
     def __init__(self, inputs: DeviceInputs) -> None:
         self.inputs = inputs
         self.token_ids = inputs.token_ids
-        rows = torch.arange(len(inputs.token_ids))
+        rows = torch.arange(len(inputs.token_ids), device=inputs.token_ids.device)
         self.sequences = torch.bucketize(rows, inputs.query_start[1:], right=True)
         """[T]: whose each row is."""
 
@@ -31,8 +31,8 @@ class StaticStep:
 
 
 class StaticBackend(ReferenceBackend):
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"), DType.FLOAT32)
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__(torch.device(device), DType.FLOAT32)
 
     def device_step(self, inputs: DeviceInputs) -> StaticStep:
         return StaticStep(inputs)
@@ -54,13 +54,13 @@ class StaticBackend(ReferenceBackend):
         cache.values.view(-1, *v.shape[1:]).index_copy_(0, group.slot_mapping.long(), v)
 
         num_blocks = group.block_table.shape[1]
-        key = torch.arange(num_blocks * inputs.block_size)
+        key = torch.arange(num_blocks * inputs.block_size, device=qkv.device)
         position = inputs.positions[:, None]
         visible = key <= position  # [T, keys]
         if spec.window is not None:
             visible &= key > position - spec.window
         used = (inputs.seq_lens + inputs.block_size - 1) // inputs.block_size
-        is_used = torch.arange(num_blocks) < used[:, None]
+        is_used = torch.arange(num_blocks, device=qkv.device) < used[:, None]
         blocks = torch.where(is_used, group.block_table, 0)[step.sequences]  # [T, blocks]
         # [T, keys, kv_heads, head_dim], what is masked zeroed, for it may be NaN
         keys, values = (
@@ -97,7 +97,7 @@ def sample(logits: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
     likeliest, ids = logits.sort(dim=1, descending=True, stable=True)
     weights = ((likeliest - likeliest[:, :1]) / temperature).exp()
     cumulative = weights.cumsum(dim=1)
-    kept = torch.minimum((weights >= min_p[:, None]).sum(dim=1), top_k)
+    kept = torch.minimum((weights >= min_p[:, None]).sum(dim=1), top_k).clamp(min=1)
     mass = cumulative.gather(1, kept[:, None] - 1)
     nucleus = torch.minimum((cumulative < top_p[:, None] * mass).sum(dim=1) + 1, kept)
     threshold = uniform[:, None] * cumulative.gather(1, nucleus[:, None] - 1)

@@ -1,0 +1,33 @@
+"""The same steps on a GPU, through CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from server.engine.device_step.cuda import CudaQueue
+from server.engine.sequence import Sequence
+from tests.device_step.driver import Driver, static_model
+from tests.parity.harness import Engine, our_model, prompt, request
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
+def test_graphs_give_what_each_sequence_gives_alone_on_a_cpu(name: str) -> None:
+    driver = Driver(static_model(name, "cuda"), CudaQueue(torch.device("cuda")))
+    wanted = [
+        request(prompt(length, seed=length), request_id=f"r{length}", temperature=length % 2, seed=length)
+        for length in (9, 3, 5, 1, 12)
+    ]
+    seqs = [Sequence.from_request(one) for one in wanted]
+    driver.launch([(seq, seq.num_tokens) for seq in seqs])
+    for index in range(15):
+        company = seqs if index % 5 else seqs[:3]
+        driver.launch([(seq, 1) for seq in company])
+    for one, seq in zip(wanted, seqs, strict=True):
+        generated = driver.finish(seq)
+        assert generated == Engine(our_model(name)).generate([one])[0][: len(generated)]
