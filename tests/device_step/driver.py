@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from server.batching import ScheduledSequence
+from server.engine.batch import ScheduledSequence
 from server.engine.device_step.queue import DeviceQueue
 from server.engine.device_step.step import DeviceModel, DeviceStep, PendingTokens
 from server.engine.inputs import ModelInputs, build_inputs
@@ -46,14 +47,13 @@ class Driver:
         counts = [self.num_blocks] * len(groups)
         self.kv = KVTensors(self.model.backend, groups, counts, limits.block_size)
         self.manager = KVCacheManager(groups, counts, limits.block_size, False, limits.max_num_batched_tokens)
-        decoder = self.model.decoder(self.kv.by_layer)
-        backend = self.model.backend
-        assert isinstance(backend, StaticBackend)
         device_model = DeviceModel(
-            forward=lambda inputs: decoder(backend.device_step(inputs)),
+            forward=self.model.decoder(self.kv.by_layer),
             logits=self.model.compute_logits,
             sample=self.sample,
             sampling=SAMPLING,
+            hidden_size=self.model.config.hidden_size,
+            dtype=torch.float32,
         )
         self.step = DeviceStep(self.queue, device_model, limits, len(groups))
         self.results: dict[str, list[int]] = {}

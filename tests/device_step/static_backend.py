@@ -11,57 +11,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.engine.backend.base import AttentionLayer, Rope
+from server.engine.backend.base import AttentionLayer
 from server.engine.backend.reference import Matrix, ReferenceBackend, _rms_norm, _rotate, rope_angles
 from server.engine.backend.reference_attention import KVCache
 from server.engine.device_step.inputs import DeviceInputs
 from server.engine.dtype import DType
 
 
-class StaticStep:
-    def __init__(self, inputs: DeviceInputs) -> None:
-        self.inputs = inputs
-        self.token_ids = inputs.token_ids
-        rows = torch.arange(len(inputs.token_ids), device=inputs.token_ids.device)
-        self.sequences = torch.bucketize(rows, inputs.query_start[1:], right=True)
-        """[T]: whose each row is."""
-
-    def angles(self, rope: Rope) -> tuple[Tensor, Tensor]:
-        return rope_angles(rope, self.inputs.positions)
-
-
 class StaticBackend(ReferenceBackend):
     def __init__(self, device: str = "cpu") -> None:
         super().__init__(torch.device(device), DType.FLOAT32)
-
-    def device_step(self, inputs: DeviceInputs) -> StaticStep:
-        return StaticStep(inputs)
 
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
         assert isinstance(weight, Tensor)
         return (x[:, None, :] * weight).sum(dim=-1)
 
-    def attention(self, qkv: Tensor, layer: AttentionLayer[Tensor], cache: KVCache, step: StaticStep) -> Tensor:  # type: ignore[override]
-        spec, inputs = layer.spec, step.inputs
+    def attention(  # type: ignore[override]
+        self, qkv: Tensor, layer: AttentionLayer[Tensor], cache: KVCache, step: DeviceInputs
+    ) -> Tensor:
+        spec = layer.spec
         heads = qkv.view(qkv.shape[0], -1, spec.head_dim)
         q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
-        cos, sin = step.angles(layer.rope)
+        cos, sin = rope_angles(layer.rope, step.positions)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = _rms_norm(q, layer.q_norm, layer.eps), _rms_norm(k, layer.k_norm, layer.eps)
         q, k = _rotate(q, cos, sin) * spec.scale, _rotate(k, cos, sin)
-        group = inputs.groups[layer.group]
+        group = step.groups[layer.group]
         cache.keys.view(-1, *k.shape[1:]).index_copy_(0, group.slot_mapping.long(), k)
         cache.values.view(-1, *v.shape[1:]).index_copy_(0, group.slot_mapping.long(), v)
 
+        rows = torch.arange(len(step.token_ids), device=qkv.device)
+        owner = torch.bucketize(rows, step.query_start[1:], right=True)  # [T]: whose each row is
         num_blocks = group.block_table.shape[1]
-        key = torch.arange(num_blocks * inputs.block_size, device=qkv.device)
-        position = inputs.positions[:, None]
+        key = torch.arange(num_blocks * step.block_size, device=qkv.device)
+        position = step.positions[:, None]
         visible = key <= position  # [T, keys]
         if spec.window is not None:
             visible &= key > position - spec.window
-        used = (inputs.seq_lens + inputs.block_size - 1) // inputs.block_size
+        used = (step.seq_lens + step.block_size - 1) // step.block_size
         is_used = torch.arange(num_blocks, device=qkv.device) < used[:, None]
-        blocks = torch.where(is_used, group.block_table, 0)[step.sequences]  # [T, blocks]
+        blocks = torch.where(is_used, group.block_table, 0)[owner]  # [T, blocks]
         # [T, keys, kv_heads, head_dim], what is masked zeroed, for it may be NaN
         keys, values = (
             storage[blocks].flatten(1, 2).masked_fill(~visible[:, :, None, None], 0.0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.batching import ScheduledSequence
+from server.engine.batch import ScheduledSequence
 from server.engine.device_step.inputs import StepArrays
 from server.engine.device_step.layout import StepLayout, StepShape
 from server.engine.inputs import ModelInputs, build_inputs

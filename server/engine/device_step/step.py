@@ -48,6 +48,9 @@ class DeviceModel:
     """Logits, which may be overwritten, and the sampler's arrays -> ids [R]; negative where there is none."""
     sampling: Mapping[str, np.dtype[Any]]
     """Name and type of each of those arrays; zeros are a row that is cheap to sample."""
+    hidden_size: int
+    dtype: torch.dtype
+    """Of the hidden states."""
 
 
 class PendingTokens:
@@ -79,12 +82,14 @@ class DeviceStep:
         self._limits = limits
         self._num_groups = num_groups
         self._sizes = decode_sizes(limits.max_num_seqs)
-        self._decodes: dict[int, _Decodes] = {}
-        """By size, those that were asked for."""
+        self._decodes: dict[tuple[int, bool], _Decodes] = {}
+        """By size and by whether they sample, those that were asked for."""
         num_tokens, num_seqs = limits.max_num_batched_tokens, limits.max_num_seqs
         num_words = self._layout(StepShape(num_tokens, num_seqs, num_tokens), model.sampling).num_words
         self._inputs = queue.persistent((num_words,), torch.int32)
         self._staging = [_Staging(queue.pinned(num_words)) for _ in range(2)]
+        self._hidden = queue.persistent((num_seqs, model.hidden_size), model.dtype)
+        """Of decodes that do not sample."""
         self._sampled = queue.persistent((2, num_seqs), torch.int32)
         self._taken = [queue.pinned(num_seqs) for _ in range(2)]
         self._half = 0
@@ -97,49 +102,56 @@ class DeviceStep:
         """
         shape = StepShape.of(inputs)
         if shape != StepShape.of_decodes(shape.num_seqs):
-            layout = self._layout(shape, self._model.sampling)
-            arrays = self._arrays_of(layout, inputs)
-            self._upload(layout, inputs, sampling)
-            self._queue.run(partial(self._compute, arrays))
+            arrays = self._upload_any(self._layout(shape, self._model.sampling), inputs, sampling)
+            self._queue.run(partial(self._sample, arrays))
             return self._take(shape.num_output_rows)
-        decodes = self._decodes_for(shape.num_seqs)
-        self._upload(decodes.layout, inputs, sampling)
-        if decodes.replay is not None:
-            decodes.replay()
-            return self._take(shape.num_output_rows)
-        self._queue.run(decodes.compute)
+        decodes = self._upload_decodes(inputs, sampling)
+        decodes.enqueue(self._queue)
         pending = self._take(shape.num_output_rows)
-        decodes.replay = self._queue.record(decodes.compute)
+        decodes.record(self._queue)
         return pending
 
     def hidden(self, inputs: ModelInputs) -> Tensor:
         """Runs a step whose tokens are chosen elsewhere, and all of whose token ids the host knows.
 
-        Returns the hidden states of its output rows, [R, hidden].
+        Returns the hidden states of its output rows, [R, hidden], until the next step.
         """
-        layout = self._layout(StepShape.of(inputs), {})
-        arrays = self._arrays_of(layout, inputs)
-        self._upload(layout, inputs, {})
-        return self._queue.result(partial(self._hidden, arrays))
+        shape = StepShape.of(inputs)
+        if shape != StepShape.of_decodes(shape.num_seqs):
+            arrays = self._upload_any(self._layout(shape, {}), inputs, {})
+            return self._queue.result(partial(self._forward, arrays))
+        decodes = self._upload_decodes(inputs, None)
+        decodes.enqueue(self._queue)
+        decodes.record(self._queue)
+        return self._queue.result(lambda: self._hidden[: shape.num_seqs])
+
+    # --- packing --------------------------------------------------------------------------------------------
 
     def _layout(self, shape: StepShape, sampling: Mapping[str, np.dtype[Any]]) -> StepLayout:
         max_blocks = -(-self._limits.max_model_len // self._limits.block_size)
         return StepLayout(shape, self._num_groups, max_blocks, sampling)
 
-    def _arrays_of(self, layout: StepLayout, inputs: ModelInputs) -> StepArrays:
+    def _upload_any(
+        self, layout: StepLayout, inputs: ModelInputs, sampling: Mapping[str, npt.NDArray[Any]]
+    ) -> StepArrays:
         metadata = inputs.attention[0]
-        max_query_len = int(np.diff(metadata.query_start).max())
-        block_size = self._limits.block_size
-        return StepArrays.of(self._inputs, layout, block_size, max_query_len, int(metadata.seq_lens.max()))
+        max_query_len, max_seq_len = int(np.diff(metadata.query_start).max()), int(metadata.seq_lens.max())
+        self._upload(layout, inputs, sampling)
+        return StepArrays.of(self._inputs, layout, self._limits.block_size, max_query_len, max_seq_len)
 
-    def _decodes_for(self, num_seqs: int) -> _Decodes:
-        size = next(size for size in self._sizes if size >= num_seqs)
-        if size not in self._decodes:
-            layout = self._layout(StepShape.of_decodes(size), self._model.sampling)
+    def _upload_decodes(self, inputs: ModelInputs, sampling: Mapping[str, npt.NDArray[Any]] | None) -> _Decodes:
+        """sampling: None if they do not sample."""
+        samples = sampling is not None
+        size = next(size for size in self._sizes if size >= len(inputs.token_ids))
+        decodes = self._decodes.get((size, samples))
+        if decodes is None:
+            layout = self._layout(StepShape.of_decodes(size), self._model.sampling if samples else {})
             limits = self._limits
             arrays = StepArrays.of(self._inputs, layout, limits.block_size, 1, limits.max_model_len)
-            self._decodes[size] = _Decodes(layout, partial(self._compute, arrays))
-        return self._decodes[size]
+            work = partial(self._sample if samples else self._keep_hidden, arrays)
+            decodes = self._decodes[size, samples] = _Decodes(layout, work)
+        self._upload(decodes.layout, inputs, sampling or {})
+        return decodes
 
     def _upload(
         self, layout: StepLayout, inputs: ModelInputs, sampling: Mapping[str, npt.NDArray[Any]]
@@ -163,14 +175,18 @@ class DeviceStep:
     # --- in the queue ---------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _compute(self, arrays: StepArrays) -> None:
-        hidden = self._hidden(arrays)
+    def _sample(self, arrays: StepArrays) -> None:
+        hidden = self._forward(arrays)
         if len(hidden) > 0:
             token_ids = self._model.sample(self._model.logits(hidden), arrays.sampling)
             self._sampled.view(-1).index_copy_(0, arrays.sampled_slots.long(), token_ids.int())
 
     @torch.inference_mode()
-    def _hidden(self, arrays: StepArrays) -> Tensor:
+    def _keep_hidden(self, arrays: StepArrays) -> None:
+        self._hidden[: len(arrays.output_rows)].copy_(self._forward(arrays))
+
+    @torch.inference_mode()
+    def _forward(self, arrays: StepArrays) -> Tensor:
         hidden = self._model.forward(arrays.with_tokens_of(self._sampled.view(-1)))
         return hidden.index_select(0, arrays.output_rows)
 
@@ -194,6 +210,17 @@ class _Decodes:
     """Steps of one size in which each sequence has one new token."""
 
     layout: StepLayout
-    compute: Callable[[], None]
+    work: Callable[[], None]
     replay: Callable[[], None] | None = None
     """Once recorded."""
+
+    def enqueue(self, queue: DeviceQueue) -> None:
+        if self.replay is None:
+            queue.run(self.work)
+        else:
+            self.replay()
+
+    def record(self, queue: DeviceQueue) -> None:
+        """Once it has run, so that all that an operation does when it is first called has been done."""
+        if self.replay is None:
+            self.replay = queue.record(self.work)
