@@ -10,9 +10,9 @@ Laws:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,9 +22,13 @@ from server.engine.faults import PendingStep
 from server.engine.inputs import AttentionMetadata, ModelInputs, PromptRows, build_inputs, missing_prompt_rows
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.models.gemma import GemmaModel
+from server.engine.sampling.arrays import sampling_arrays
 from server.engine.sampling.constraints import TokenConstraints
-from server.engine.sampling.types import SampledToken
+from server.engine.sampling.types import NOT_FINITE, SampledToken
 from server.engine.sequence import Sequence as EngineSequence
+
+if TYPE_CHECKING:
+    from server.engine.device_step.step import DeviceStep, PendingTokens
 
 _PROMPT_ROWS_AT_ONCE = 32
 _WARM_UP_TOKENS = 16
@@ -39,23 +43,48 @@ class _HostStep:
         return self.runner.execute(self.batch)
 
 
+@dataclass(frozen=True, slots=True)
+class _StepOnDevice:
+    tokens: PendingTokens
+
+    def wait(self) -> list[SampledToken]:
+        return [
+            SampledToken(token) if token >= 0 else SampledToken(-1, error=NOT_FINITE)
+            for token in self.tokens.wait()
+        ]
+
+
 class ModelRunner:
     can_run_ahead = False
     """Whether a step is computed beside the host, so that the next can be launched meanwhile."""
 
     def __init__(
-        self, model: GemmaModel, kv: KVTensors, sampler: TokenSampler[Any], max_num_batched_tokens: int
+        self,
+        model: GemmaModel,
+        kv: KVTensors,
+        sampler: TokenSampler[Any],
+        max_num_batched_tokens: int,
+        device: DeviceStep | None = None,
     ) -> None:
-        """sampler: of the model's back end. max_num_batched_tokens: in one step at most."""
+        """sampler: of the model's back end. max_num_batched_tokens: in one step at most. device: what computes
+        steps behind the host, if it can."""
         self._model = model
         self._kv = kv
         self._sampler = sampler
         self._constraints = TokenConstraints(model.config.vocab_size)
-        self._forward = model.capture(kv.by_layer, max(max_num_batched_tokens, 1 + _WARM_UP_TOKENS))
+        self._device = device
+        self._forward: Callable[[ModelInputs], Any] = (
+            model.capture(kv.by_layer, max(max_num_batched_tokens, 1 + _WARM_UP_TOKENS))
+            if device is None
+            else device.hidden
+        )
 
     def launch(self, batch: ScheduledBatch) -> PendingStep:
-        """See `Runner.launch`. The host is the device: it computes when it is waited for."""
-        return _HostStep(self, batch)
+        """See `Runner.launch`. What needs the host is computed when it is waited for."""
+        if self._device is None or not batch.is_plain:
+            return _HostStep(self, batch)
+        inputs = build_inputs(batch.sequences, [], self._kv.num_groups, self._kv.block_size)
+        return _StepOnDevice(self._device.launch(inputs, sampling_arrays(batch.sequences)))
 
     def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
         """Computes the batch's tokens. `num_sampled` results for each sequence, in the batch's order.

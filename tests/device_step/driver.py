@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,9 +17,9 @@ from server.engine.kv_cache.tensors import KVTensors
 from server.engine.memory import PoolLimits
 from server.engine.models.config_reader import read_hf
 from server.engine.models.gemma import GemmaModel
-from server.engine.sampling.rng import uniform
+from server.engine.sampling.arrays import SAMPLING_ARRAYS, sampling_arrays
 from server.engine.sequence import Sequence as EngineSequence
-from tests.device_step.static_backend import SAMPLING, StaticBackend, sample
+from tests.device_step.static_backend import StaticBackend, sample
 from tests.parity.harness import CONFIGS, checkpoint, load_model
 
 Sampler = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
@@ -47,15 +46,7 @@ class Driver:
         counts = [self.num_blocks] * len(groups)
         self.kv = KVTensors(self.model.backend, groups, counts, limits.block_size)
         self.manager = KVCacheManager(groups, counts, limits.block_size, False, limits.max_num_batched_tokens)
-        device_model = DeviceModel(
-            forward=self.model.decoder(self.kv.by_layer),
-            logits=self.model.compute_logits,
-            sample=self.sample,
-            sampling=SAMPLING,
-            hidden_size=self.model.config.hidden_size,
-            dtype=torch.float32,
-        )
-        self.step = DeviceStep(self.queue, device_model, limits, len(groups))
+        self.step = DeviceStep(self.queue, device_model(self.model, self.kv, self.sample), limits, len(groups))
         self.results: dict[str, list[int]] = {}
 
     def launch(self, plan: Iterable[tuple[EngineSequence, int]]) -> None:
@@ -67,7 +58,7 @@ class Driver:
             if inputs.token_ids[row] == UNKNOWN:
                 inputs.previous_rows[row] = previous.index(one.seq)
         sampling = [one.seq for one in scheduled if one.samples]
-        pending = self.step.launch(inputs, sampling_arrays(sampling))
+        pending = self.step.launch(inputs, sampling_arrays(scheduled))
         for one in scheduled:
             one.seq.num_computed += one.num_new
         self.take()
@@ -113,17 +104,15 @@ class Driver:
         return seq.token_ids[seq.num_prompt_tokens :]
 
 
-def sampling_arrays(seqs: Sequence[EngineSequence]) -> dict[str, np.ndarray]:
-    rows = [
-        (p.temperature, p.top_k, p.top_p, p.min_p, uniform(p.seed, seq.num_generated))
-        for seq in seqs
-        for p in (seq.params,)
-    ]
-    columns = list(zip(*rows, strict=True)) or [()] * len(SAMPLING)
-    return {
-        name: np.array(column, dtype=dtype)
-        for (name, dtype), column in zip(SAMPLING.items(), columns, strict=True)
-    }
+def device_model(model: GemmaModel, kv: KVTensors, sampler: Sampler = sample) -> DeviceModel:
+    return DeviceModel(
+        forward=model.decoder(kv.by_layer),
+        logits=model.compute_logits,
+        sample=sampler,
+        sampling=SAMPLING_ARRAYS,
+        hidden_size=model.config.hidden_size,
+        dtype=torch.float32,
+    )
 
 
 def static_model(name: str, device: str = "cpu") -> GemmaModel:

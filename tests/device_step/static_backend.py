@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,15 +62,6 @@ class StaticBackend(ReferenceBackend):
         scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
         shares = torch.softmax(scores, dim=-1)
         return (shares[..., None] * values.permute(0, 2, 1, 3)[:, :, None]).sum(dim=-2).flatten(1)
-
-
-SAMPLING = {
-    "temperature": np.dtype(np.float32),
-    "top_k": np.dtype(np.int32),
-    "top_p": np.dtype(np.float32),
-    "min_p": np.dtype(np.float32),
-    "uniform": np.dtype(np.float64),
-}
 
 
 def sample(logits: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:

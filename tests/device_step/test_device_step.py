@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from server.engine.device_step.step import decode_sizes
+from server.engine.sampling.arrays import sampling_arrays
 from server.engine.sequence import Sequence
 from server.engine.types import GenerateRequest
-from tests.device_step.driver import Driver, sampling_arrays, static_model
+from tests.device_step.driver import Driver, static_model
 from tests.device_step.static_backend import sample
 from tests.device_step.thread_queue import ThreadQueue
 from tests.parity.harness import VOCAB, Engine, our_model, prompt, request
