@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from server.engine.batch import ScheduledSequence
+from server.engine.kv_cache.block_pool import NULL_BLOCK
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -129,3 +130,28 @@ def build_inputs(
         )
         attention.append(AttentionMetadata(query_start, seq_lens, block_table, slots, block_size))
     return ModelInputs(token_ids, previous_rows, positions, np.concatenate(output_rows), tuple(attention))
+
+
+def null_inputs(counts: Int32Array, seq_lens: Int32Array, num_groups: int, block_size: int) -> ModelInputs:
+    """A step for nothing but its costs, with all keys in the null block.
+
+    counts: [B] new tokens of each sequence. seq_lens: [B] its tokens then. The last row of each is wanted.
+    """
+    query_start = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    num_rows = int(query_start[-1])
+    metadata = AttentionMetadata(
+        query_start=query_start,
+        seq_lens=seq_lens,
+        block_table=np.full((len(counts), -(-int(seq_lens.max()) // block_size)), NULL_BLOCK, dtype=np.int32),
+        slot_mapping=np.zeros(num_rows, dtype=np.int64),
+        block_size=block_size,
+    )
+    return ModelInputs(
+        token_ids=np.zeros(num_rows, dtype=np.int64),
+        previous_rows=np.full(num_rows, -1, dtype=np.int32),
+        positions=np.concatenate(
+            [np.arange(end - new, end, dtype=np.int64) for new, end in zip(counts, seq_lens, strict=True)]
+        ),
+        output_rows=(query_start[1:] - 1).astype(np.int64),
+        attention=(metadata,) * num_groups,
+    )

@@ -19,7 +19,7 @@ import numpy as np
 from server.engine.backend.base import TokenSampler
 from server.engine.batch import ScheduledBatch, ScheduledSequence
 from server.engine.faults import PendingStep
-from server.engine.inputs import AttentionMetadata, ModelInputs, PromptRows, build_inputs, missing_prompt_rows
+from server.engine.inputs import ModelInputs, PromptRows, build_inputs, missing_prompt_rows, null_inputs
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.models.gemma import GemmaModel
 from server.engine.sampling.arrays import sampling_arrays
@@ -109,21 +109,7 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Computes one small batch in the null block, so that no request pays for first-use costs."""
         counts = np.array([1, _WARM_UP_TOKENS], dtype=np.int32)
-        num_tokens = int(counts.sum())
-        metadata = AttentionMetadata(
-            query_start=np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
-            seq_lens=counts,
-            block_table=np.zeros((2, -(-_WARM_UP_TOKENS // self._kv.block_size)), dtype=np.int32),
-            slot_mapping=np.zeros(num_tokens, dtype=np.int64),
-            block_size=self._kv.block_size,
-        )
-        inputs = ModelInputs(
-            token_ids=np.zeros(num_tokens, dtype=np.int64),
-            previous_rows=np.full(num_tokens, -1, dtype=np.int32),
-            positions=np.concatenate([np.arange(count, dtype=np.int64) for count in counts]),
-            output_rows=np.array([0, num_tokens - 1], dtype=np.int64),
-            attention=(metadata,) * self._kv.num_groups,
-        )
+        inputs = null_inputs(counts, counts, self._kv.num_groups, self._kv.block_size)
         self._model.compute_logits(self._forward(inputs))
 
     def _append_prompt_logprobs(self, hidden: Any, prompt_rows: Sequence[PromptRows]) -> None:

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from server.engine.batch import ScheduledSequence
 from server.engine.device_step.queue import DeviceQueue
-from server.engine.device_step.step import DeviceModel, DeviceStep, PendingTokens
+from server.engine.device_step.step import PendingTokens
 from server.engine.inputs import ModelInputs, build_inputs
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.memory import PoolLimits
 from server.engine.models.config_reader import read_hf
 from server.engine.models.gemma import GemmaModel
-from server.engine.sampling.arrays import SAMPLING_ARRAYS, sampling_arrays
+from server.engine.sampling.arrays import sampling_arrays
 from server.engine.sequence import Sequence as EngineSequence
 from tests.device_step.static_backend import StaticBackend, sample
 from tests.parity.harness import CONFIGS, checkpoint, load_model
@@ -46,7 +45,7 @@ class Driver:
         counts = [self.num_blocks] * len(groups)
         self.kv = KVTensors(self.model.backend, groups, counts, limits.block_size)
         self.manager = KVCacheManager(groups, counts, limits.block_size, False, limits.max_num_batched_tokens)
-        self.step = DeviceStep(self.queue, device_model(self.model, self.kv, self.sample), limits, len(groups))
+        self.step = device_step(self.queue, self.model, self.kv, self.sample, limits)
         self.results: dict[str, list[int]] = {}
 
     def launch(self, plan: Iterable[tuple[EngineSequence, int]]) -> None:
@@ -102,17 +101,6 @@ class Driver:
         self.take()
         self.manager.free(seq)
         return seq.token_ids[seq.num_prompt_tokens :]
-
-
-def device_model(model: GemmaModel, kv: KVTensors, sampler: Sampler = sample) -> DeviceModel:
-    return DeviceModel(
-        forward=model.decoder(kv.by_layer),
-        logits=model.compute_logits,
-        sample=sampler,
-        sampling=SAMPLING_ARRAYS,
-        hidden_size=model.config.hidden_size,
-        dtype=torch.float32,
-    )
 
 
 def static_model(name: str, device: str = "cpu") -> GemmaModel:

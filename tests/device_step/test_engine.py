@@ -12,7 +12,7 @@ import pytest
 
 from server.batching import Scheduler, SchedulerConfig
 from server.engine.core import EngineCore
-from server.engine.device_step.step import DeviceStep
+from server.engine.device_step.assemble import device_step
 from server.engine.grammar.compiler import GrammarCompiler
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.kv_cache.tensors import KVTensors
@@ -21,7 +21,8 @@ from server.engine.model_runner import ModelRunner
 from server.engine.pacing import PrefillPacer
 from server.engine.speculation import NgramSpeculator
 from server.engine.types import FinishReason, GenerateRequest, SequenceOutput, TokenLogprob
-from tests.device_step.driver import device_model, static_model
+from tests.device_step.driver import static_model
+from tests.device_step.static_backend import sample
 from tests.device_step.thread_queue import ThreadQueue
 from tests.parity.harness import VOCAB, Engine, our_model, prompt, request
 
@@ -63,7 +64,7 @@ class Ahead:
         groups = model.config.kv_groups()
         counts = [self.num_blocks] * len(groups)
         kv = KVTensors(model.backend, groups, counts, limits.block_size)
-        device = DeviceStep(self.queue, device_model(model, kv), limits, len(groups))
+        device = device_step(self.queue, model, kv, sample, limits)
         sampler = model.backend.sampler(model.config.vocab_size, ())
         runner = ModelRunner(model, kv, sampler, limits.max_num_batched_tokens, device)
         self.manager = KVCacheManager(groups, counts, limits.block_size, True, limits.max_num_batched_tokens)
@@ -121,7 +122,7 @@ def test_requests_that_come_and_go_get_the_tokens_of_the_synchronous_engine(
     queue: ThreadQueue, name: str, params: list[dict[str, Any]]
 ) -> None:
     ahead = Ahead(name, queue)
-    wanted = requests(24, seed=len(params), params=params)
+    wanted = requests(16, seed=len(params), params=params)
     rng = random.Random(1)
     waiting = list(wanted)
     while waiting or ahead.core.has_work():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from server.engine.device_step.queue import Mark, ResultT
+from server.engine.device_step.queue import Mark, MemoryReport, ResultT
 
 
 class CudaQueue:
@@ -47,6 +48,15 @@ class CudaQueue:
         event = torch.cuda.Event()
         event.record()
         return _CudaMark(event)
+
+    def memory(self) -> MemoryReport:
+        torch.cuda.synchronize(self._device)
+        peak = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        gc.collect()  # a recording and what refers to it may be a cycle
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return MemoryReport(total, free, torch.cuda.memory_allocated(self._device), peak)
 
 
 class _CudaMark:

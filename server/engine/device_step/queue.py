@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 ResultT = TypeVar("ResultT")
+
+
+class MemoryReport(NamedTuple):
+    """Bytes of a device's memory, once all that was enqueued is done."""
+
+    total: int
+    free: int
+    """Of the device, for any process."""
+    allocated: int
+    """In tensors of this process."""
+    peak: int
+    """The most that `allocated` was since the report before."""
 
 
 class Mark(Protocol):
@@ -52,3 +64,6 @@ class DeviceQueue(Protocol):
 
     def mark(self) -> Mark:
         """Enqueues a mark."""
+
+    def memory(self) -> MemoryReport:
+        """Waits for the device, and gives memory that no tensor uses back to it."""

@@ -32,6 +32,7 @@ from torch import Tensor
 from server.engine.device_step.inputs import DeviceInputs, StepArrays
 from server.engine.device_step.layout import StepLayout, StepShape
 from server.engine.device_step.queue import DeviceQueue, Mark
+from server.engine.dtype import DType
 from server.engine.inputs import Int32Array, ModelInputs
 from server.engine.memory import PoolLimits
 
@@ -49,7 +50,7 @@ class DeviceModel:
     sampling: Mapping[str, np.dtype[Any]]
     """Name and type of each of those arrays; zeros are a row that is cheap to sample."""
     hidden_size: int
-    dtype: torch.dtype
+    dtype: DType
     """Of the hidden states."""
 
 
@@ -81,14 +82,14 @@ class DeviceStep:
         self._model = model
         self._limits = limits
         self._num_groups = num_groups
-        self._sizes = decode_sizes(limits.max_num_seqs)
+        self.decode_sizes = decode_sizes(limits.max_num_seqs)
         self._decodes: dict[tuple[int, bool], _Decodes] = {}
         """By size and by whether they sample, those that were asked for."""
         num_tokens, num_seqs = limits.max_num_batched_tokens, limits.max_num_seqs
         num_words = self._layout(StepShape(num_tokens, num_seqs, num_tokens), model.sampling).num_words
         self._inputs = queue.persistent((num_words,), torch.int32)
         self._staging = [_Staging(queue.pinned(num_words)) for _ in range(2)]
-        self._hidden = queue.persistent((num_seqs, model.hidden_size), model.dtype)
+        self._hidden = queue.persistent((num_seqs, model.hidden_size), getattr(torch, model.dtype))
         """Of decodes that do not sample."""
         self._sampled = queue.persistent((2, num_seqs), torch.int32)
         self._taken = [queue.pinned(num_seqs) for _ in range(2)]
@@ -125,6 +126,13 @@ class DeviceStep:
         decodes.record(self._queue)
         return self._queue.result(lambda: self._hidden[: shape.num_seqs])
 
+    def run_in_null_block(self, inputs: ModelInputs) -> None:
+        """Runs a step of `null_inputs` with greedy rows to its end."""
+        num_rows = len(inputs.output_rows)
+        self.launch(
+            inputs, {name: np.zeros(num_rows, dtype) for name, dtype in self._model.sampling.items()}
+        ).wait()
+
     # --- packing --------------------------------------------------------------------------------------------
 
     def _layout(self, shape: StepShape, sampling: Mapping[str, np.dtype[Any]]) -> StepLayout:
@@ -142,7 +150,7 @@ class DeviceStep:
     def _upload_decodes(self, inputs: ModelInputs, sampling: Mapping[str, npt.NDArray[Any]] | None) -> _Decodes:
         """sampling: None if they do not sample."""
         samples = sampling is not None
-        size = next(size for size in self._sizes if size >= len(inputs.token_ids))
+        size = next(size for size in self.decode_sizes if size >= len(inputs.token_ids))
         decodes = self._decodes.get((size, samples))
         if decodes is None:
             layout = self._layout(StepShape.of_decodes(size), self._model.sampling if samples else {})

@@ -1,0 +1,106 @@
+"""Puts a device's steps together, and finds out what they take of its memory before the KV pools are sized."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from server.engine.device_step.queue import DeviceQueue, MemoryReport
+from server.engine.device_step.step import DeviceModel, DeviceStep
+from server.engine.inputs import ModelInputs, null_inputs
+from server.engine.kv_cache.tensors import KVTensors
+from server.engine.memory import MIB, PoolLimits
+from server.engine.models.gemma import GemmaModel
+from server.engine.sampling.arrays import SAMPLING_ARRAYS
+
+if TYPE_CHECKING:
+    from server.engine.device_step.backend import DeviceSampler
+
+logger = logging.getLogger(__name__)
+
+
+def device_step(
+    queue: DeviceQueue, model: GemmaModel, kv: KVTensors, sample: DeviceSampler, limits: PoolLimits
+) -> DeviceStep:
+    """sample: of the model's back end."""
+    device_model = DeviceModel(
+        forward=model.decoder(kv.by_layer),
+        logits=model.compute_logits,
+        sample=sample,
+        sampling=SAMPLING_ARRAYS,
+        hidden_size=model.config.hidden_size,
+        dtype=model.backend.dtype,
+    )
+    return DeviceStep(queue, device_model, limits, kv.num_groups)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """What of a device's memory is not the KV pools'. Bytes."""
+
+    weights: int
+    step: int
+    """The largest step's tensors, beside weights and pools."""
+    recordings: int
+    """All recorded steps'."""
+    other: int
+    """What the process has taken besides: kernels, the allocator's gaps."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.step + self.recordings + self.other
+
+
+def measure_use(
+    queue: DeviceQueue,
+    make_step: Callable[[], DeviceStep],
+    limits: PoolLimits,
+    num_groups: int,
+    start: MemoryReport,
+) -> MemoryUse:
+    """Runs and records the largest steps, with the weights in place, to see what they take.
+
+    make_step: makes one that needs no block but the null one. start: from before the weights were loaded.
+
+    The recordings share memory, in which the largest one's tensors leave room for all others'. So the largest
+    is counted in full, and each other one as much as the second largest adds to it.
+    """
+    before = queue.memory()
+    step = make_step()
+    step.run_in_null_block(_largest(limits, num_groups))
+    after_largest = queue.memory()
+    free = [after_largest.free]
+    for size in step.decode_sizes[:-3:-1]:
+        lengths = np.full(size, limits.max_model_len, dtype=np.int32)
+        step.run_in_null_block(null_inputs(np.ones_like(lengths), lengths, num_groups, limits.block_size))
+        free.append(queue.memory().free)
+    taken = [max(0, earlier - later) for earlier, later in pairwise(free)]
+    num_others = 2 * len(step.decode_sizes) - 1  # a size is recorded with and without sampling
+    del step
+    end = queue.memory()
+    use = MemoryUse(
+        weights=before.allocated - start.allocated,
+        step=after_largest.peak - before.allocated,
+        recordings=taken[0] + sum(taken[1:]) * num_others,
+        other=max(0, start.free - end.free - (end.allocated - start.allocated)),
+    )
+    logger.info(
+        "device memory: %d MiB in all, weights %d, the largest step %d, recorded steps %d, other %d",
+        *(size // MIB for size in (end.total, use.weights, use.step, use.recordings, use.other)),
+    )
+    return use
+
+
+def _largest(limits: PoolLimits, num_groups: int) -> ModelInputs:
+    """As many tokens as there may be, of sequences as long as they may be: of all but one, since a step of
+    single tokens would be recorded."""
+    num_tokens, num_seqs = limits.max_num_batched_tokens, max(1, limits.max_num_seqs - 1)
+    counts = np.full(num_seqs, num_tokens // num_seqs, dtype=np.int32)
+    counts[: num_tokens % num_seqs] += 1
+    lengths = np.full_like(counts, limits.max_model_len)
+    return null_inputs(np.minimum(counts, lengths), lengths, num_groups, limits.block_size)
