@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from server.engine.batch import ScheduledSequence
+from server.engine.device_step.assemble import device_step
 from server.engine.device_step.queue import DeviceQueue
 from server.engine.device_step.step import PendingTokens
 from server.engine.inputs import ModelInputs, build_inputs

@@ -1,6 +1,7 @@
 """A back end and a sampler for tests, whose operations fit a recorded step: no shape depends on a value.
 
-They compute each row by itself, so that it is bit for bit the same in any company, and in fp32 all through.
+They compute in fp64 and round once to fp32: so a row is the same to the last bit in any company, although the
+order of torch's sums and its functions of vectors' ends depend on how many rows there are.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from server.engine.backend.base import AttentionLayer
-from server.engine.backend.reference import Matrix, ReferenceBackend, _rms_norm, _rotate, rope_angles
+from server.engine.backend.base import AttentionLayer, Rope
+from server.engine.backend.reference import Matrix, ReferenceBackend, _rms_norm, _rotate
 from server.engine.backend.reference_attention import KVCache
 from server.engine.device_step.inputs import DeviceInputs
 from server.engine.dtype import DType
@@ -23,21 +25,33 @@ class StaticBackend(ReferenceBackend):
 
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
         assert isinstance(weight, Tensor)
-        return (x[:, None, :] * weight).sum(dim=-1)
+        return (x.double()[:, None, :] * weight.double()).sum(dim=-1).float()
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return _rms_norm(x.double(), weight, eps).float()
+
+    def geglu(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.double().chunk(2, dim=-1)
+        return (F.gelu(gate, approximate="tanh") * up).float()
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor, table: Matrix, softcap: float | None) -> Tensor:
+        logits = self.linear(hidden, table)
+        return logits if softcap is None else ((logits.double() / softcap).tanh() * softcap).float()
 
     def attention(  # type: ignore[override]
         self, qkv: Tensor, layer: AttentionLayer[Tensor], cache: KVCache, step: DeviceInputs
     ) -> Tensor:
         spec = layer.spec
-        heads = qkv.view(qkv.shape[0], -1, spec.head_dim)
+        heads = qkv.double().view(qkv.shape[0], -1, spec.head_dim)
         q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
-        cos, sin = rope_angles(layer.rope, step.positions)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = _rms_norm(q, layer.q_norm, layer.eps), _rms_norm(k, layer.k_norm, layer.eps)
+        cos, sin = _angles(layer.rope, step.positions)
         q, k = _rotate(q, cos, sin) * spec.scale, _rotate(k, cos, sin)
         group = step.groups[layer.group]
-        cache.keys.view(-1, *k.shape[1:]).index_copy_(0, group.slot_mapping.long(), k)
-        cache.values.view(-1, *v.shape[1:]).index_copy_(0, group.slot_mapping.long(), v)
+        cache.keys.view(-1, *k.shape[1:]).index_copy_(0, group.slot_mapping.long(), k.float())
+        cache.values.view(-1, *v.shape[1:]).index_copy_(0, group.slot_mapping.long(), v.float())
 
         rows = torch.arange(len(step.token_ids), device=qkv.device)
         owner = torch.bucketize(rows, step.query_start[1:], right=True)  # [T]: whose each row is
@@ -52,7 +66,7 @@ class StaticBackend(ReferenceBackend):
         blocks = torch.where(is_used, group.block_table, 0)[owner]  # [T, blocks]
         # [T, keys, kv_heads, head_dim], what is masked zeroed, for it may be NaN
         keys, values = (
-            storage[blocks].flatten(1, 2).masked_fill(~visible[:, :, None, None], 0.0)
+            storage[blocks].double().flatten(1, 2).masked_fill(~visible[:, :, None, None], 0.0)
             for storage in (cache.keys, cache.values)
         )
         q = q.view(q.shape[0], spec.num_kv_heads, -1, 1, spec.head_dim)
@@ -61,7 +75,13 @@ class StaticBackend(ReferenceBackend):
             scores = (scores / spec.softcap).tanh() * spec.softcap
         scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
         shares = torch.softmax(scores, dim=-1)
-        return (shares[..., None] * values.permute(0, 2, 1, 3)[:, :, None]).sum(dim=-2).flatten(1)
+        return (shares[..., None] * values.permute(0, 2, 1, 3)[:, :, None]).sum(dim=-2).flatten(1).float()
+
+
+def _angles(rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
+    exponents = torch.arange(0, rope.head_dim, 2, device=positions.device).double() / rope.head_dim
+    angles = positions.double()[:, None, None] / rope.theta**exponents / rope.scale
+    return angles.cos(), angles.sin()
 
 
 def sample(logits: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:

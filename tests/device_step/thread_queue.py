@@ -145,6 +145,7 @@ class ThreadQueue:
         self._work.put(late)
 
     def _run(self) -> None:
+        torch.set_num_threads(1)  # it counts for the thread that says so
         while (work := self._work.get()) is not None:
             try:
                 work()
