@@ -152,10 +152,14 @@ class ReferenceBackend:
 def rope_angles(rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of each position's angles, [T, 1, head_dim / 2], fp32 from the integer positions: in bf16 the
     positions above 256 would already be wrong."""
-    exponents = torch.arange(0, rope.head_dim, 2, device=positions.device).float() / rope.head_dim
-    frequencies = 1.0 / rope.theta**exponents / rope.scale
-    angles = positions.float()[:, None, None] * frequencies
+    angles = positions.float()[:, None, None] * rope_frequencies(rope, positions.device)
     return angles.cos(), angles.sin()
+
+
+def rope_frequencies(rope: Rope, device: torch.device) -> Tensor:
+    """Radians for each position and pair of dimensions, fp32 [head_dim / 2]."""
+    exponents = torch.arange(0, rope.head_dim, 2, device=device).float() / rope.head_dim
+    return 1.0 / rope.theta**exponents / rope.scale
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

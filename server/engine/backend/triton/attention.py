@@ -1,0 +1,313 @@
+"""Unified paged attention: prompt chunks and single tokens of a ragged batch in one launch.
+
+A program computes BLOCK_M rows, which are the query heads that share one KV head (GROUP of them) for
+BLOCK_M / GROUP neighbouring tokens of one sequence, so that keys and values are read once for all of them. It
+walks over its visible keys in tiles with the online softmax (Milakov and Gimelshein, arXiv 1805.02867; tiled as
+in FlashAttention-2, arXiv 2307.08691). Laws:
+
+- Tiles outside causality and window are not visited; what lies in a visited tile but is not visible is never
+  loaded, since a stale slot may hold a NaN.
+- Where a batch has too few programs for the device, the keys of each are dealt out to SEGMENTS programs, whose
+  partial results a second kernel adds up (split-KV, as in Flash-Decoding). The number of segments follows from
+  shapes and bounds that the host knows, never from the lengths, so a launch can be replayed from a graph.
+- Query i of a sequence sees key j if j <= i and, in a window of W, if j > i - W.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from server.engine.backend.triton.dot import dot
+from server.engine.backend.triton.kv_cache import TritonKVCache
+from server.engine.device_step.inputs import DeviceInputs
+from server.engine.models.config import AttentionSpec
+
+_DECODE_ROWS = 16
+"""The fewest rows that a tensor core multiplies."""
+_CHUNK_ROWS = 64
+_MAX_SEGMENTS = 64
+_TILES_PER_SEGMENT = 2
+"""At least, at the longest length that a step may have: the sum over segments is not free."""
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def _find_sequence(query_start, q_block, num_seqs, BLOCK_Q: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The last sequence whose blocks begin at or before q_block, where sequence i has its blocks from
+    query_start[i] // BLOCK_Q + i on."""
+    low, high = 0, num_seqs
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(query_start + middle) // BLOCK_Q + middle <= q_block:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit
+def attend(  # type: ignore[no-untyped-def]
+    q,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    out,
+    partial_out,
+    partial_max,
+    partial_sum,
+    query_start,
+    seq_lens,
+    block_table,
+    table_row_stride,
+    table_column_stride,
+    num_seqs,
+    scale,
+    softcap,
+    NUM_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    DECODES_ONLY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Grid: (query blocks, KV_HEADS, SEGMENTS).
+
+    q: [T, NUM_HEADS, HEAD_DIM]; keys, values: [blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM]; out as q. With
+    QUANTIZED, key_scales and value_scales: fp32 [blocks, BLOCK_SIZE, KV_HEADS]. With SEGMENTS > 1 the results
+    go to partial_out, fp32 [T, NUM_HEADS, SEGMENTS, HEAD_DIM], not normalised, and to partial_max and
+    partial_sum, fp32 [T, NUM_HEADS, SEGMENTS]. WINDOW: 0 for none.
+    """
+    q_block, kv_head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    GROUP: tl.constexpr = NUM_HEADS // KV_HEADS
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    if DECODES_ONLY:
+        seq = q_block
+        first_row = q_block
+        num_new = 1
+        first_token = 0
+    else:
+        seq = _find_sequence(query_start, q_block, num_seqs, BLOCK_Q)
+        first_row = tl.load(query_start + seq)
+        num_new = tl.load(query_start + seq + 1) - first_row
+        first_token = (q_block - (first_row // BLOCK_Q + seq)) * BLOCK_Q
+    if first_token >= num_new:
+        return
+    seq_len = tl.load(seq_lens + seq)
+    first_position = seq_len - num_new + first_token
+
+    rows = tl.arange(0, BLOCK_M)
+    tokens = first_token + rows // GROUP
+    positions = first_position + rows // GROUP
+    heads = kv_head * GROUP + rows % GROUP
+    exists = tokens < num_new
+    dims = tl.arange(0, HEAD_DIM)
+    head_rows = (first_row + tokens).to(tl.int64) * NUM_HEADS + heads
+    queries = tl.load(q + head_rows[:, None] * HEAD_DIM + dims[None, :], mask=exists[:, None], other=0.0)
+
+    end_key = tl.minimum(first_position + BLOCK_Q, seq_len)
+    first_key = 0
+    if WINDOW > 0:
+        first_key = tl.maximum(first_position - WINDOW + 1, 0)
+    first_tile = first_key // TILE
+    end_tile = tl.cdiv(end_key, TILE)
+    if SEGMENTS > 1:
+        tiles_per_segment = tl.cdiv(end_tile - first_tile, SEGMENTS)
+        first_tile += segment * tiles_per_segment
+        end_tile = tl.minimum(first_tile + tiles_per_segment, end_tile)
+        if first_tile >= end_tile:
+            return
+
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    summed = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    for tile in range(first_tile, end_tile):
+        key = tile * TILE + tl.arange(0, TILE)
+        loaded = (key >= first_key) & (key < end_key)
+        block = tl.load(
+            block_table + seq * table_row_stride + (key // BLOCK_SIZE) * table_column_stride,
+            mask=loaded,
+            other=0,
+        )
+        slot = (block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head
+        k = tl.load(keys + slot[None, :] * HEAD_DIM + dims[:, None], mask=loaded[None, :], other=0.0)
+        scores = dot(queries, k.to(queries.dtype)) * scale
+        if QUANTIZED:
+            scores *= tl.load(key_scales + slot, mask=loaded, other=0.0)[None, :]
+        if HAS_SOFTCAP:
+            # tanh, by way of exp: 2 * sigmoid(2x) - 1
+            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+        visible = loaded[None, :] & (key[None, :] <= positions[:, None])
+        if WINDOW > 0:
+            visible &= key[None, :] > positions[:, None] - WINDOW
+        scores = tl.where(visible, scores * _LOG2_E, float("-inf"))
+
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+        # A row that has seen no key yet has nothing to rescale, and must not subtract infinities.
+        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        rescale = tl.exp2(largest - base)
+        weights = tl.exp2(scores - base[:, None])
+        total = total * rescale + tl.sum(weights, axis=1)
+        v = tl.load(values + slot[:, None] * HEAD_DIM + dims[None, :], mask=loaded[:, None], other=0.0)
+        if QUANTIZED:
+            weights *= tl.load(value_scales + slot, mask=loaded, other=0.0)[None, :]
+        summed = summed * rescale[:, None] + dot(weights.to(queries.dtype), v.to(queries.dtype))
+        largest = new_largest
+
+    if SEGMENTS > 1:
+        partial = head_rows * SEGMENTS + segment
+        tl.store(partial_out + partial[:, None] * HEAD_DIM + dims[None, :], summed, mask=exists[:, None])
+        tl.store(partial_max + partial, largest, mask=exists)
+        tl.store(partial_sum + partial, total, mask=exists)
+    else:
+        total = tl.where(exists, total, 1.0)
+        attended = (summed / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + head_rows[:, None] * HEAD_DIM + dims[None, :], attended, mask=exists[:, None])
+
+
+@triton.jit
+def add_segments(  # type: ignore[no-untyped-def]
+    partial_out,
+    partial_max,
+    partial_sum,
+    out,
+    seq_lens,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Sums up what `attend` left for a batch of one new token each. Grid: (T, NUM_HEADS)."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    seq_len = tl.load(seq_lens + row)
+    first_key = 0
+    if WINDOW > 0:
+        first_key = tl.maximum(seq_len - WINDOW, 0)
+    num_tiles = tl.cdiv(seq_len, TILE) - first_key // TILE
+    num_used = tl.cdiv(num_tiles, tl.cdiv(num_tiles, SEGMENTS))
+
+    segments = tl.arange(0, SEGMENTS)
+    used = segments < num_used
+    dims = tl.arange(0, HEAD_DIM)
+    head_row = row.to(tl.int64) * NUM_HEADS + head
+    partial = head_row * SEGMENTS + segments
+    largest = tl.load(partial_max + partial, mask=used, other=float("-inf"))
+    rescale = tl.exp2(largest - tl.max(largest, axis=0))
+    total = tl.sum(tl.load(partial_sum + partial, mask=used, other=0.0) * rescale, axis=0)
+    summed = tl.load(partial_out + partial[:, None] * HEAD_DIM + dims[None, :], mask=used[:, None], other=0.0)
+    attended = tl.sum(summed * rescale[:, None], axis=0) / total
+    tl.store(out + head_row * HEAD_DIM + dims, attended.to(out.dtype.element_ty))
+
+
+class PagedAttention:
+    """Launches the kernels for one device."""
+
+    def __init__(self, num_multiprocessors: int, shared_memory: int) -> None:
+        """shared_memory: bytes that one block of threads can have."""
+        self._num_multiprocessors = num_multiprocessors
+        self._shared_memory = shared_memory
+
+    @classmethod
+    def on(cls, device: torch.device) -> PagedAttention:
+        """device: a GPU; for any other, those of a middling one."""
+        if device.type != "cuda":
+            return cls(num_multiprocessors=64, shared_memory=64 << 10)
+        properties = torch.cuda.get_device_properties(device)
+        return cls(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+    def __call__(
+        self, q: Tensor, cache: TritonKVCache, spec: AttentionSpec, group: int, step: DeviceInputs
+    ) -> Tensor:
+        """q: [T, heads, head_dim], rotated; the step's keys and values are in the cache. Returns the same shape
+        and dtype. Nothing waits for the device."""
+        num_rows, num_heads, head_dim = q.shape
+        where = step.groups[group]
+        num_seqs = step.seq_lens.shape[0]
+        decodes_only = step.max_query_len == 1
+        block_m = max(_DECODE_ROWS if decodes_only else _CHUNK_ROWS, num_heads // spec.num_kv_heads)
+        tile = self.tile(head_dim, cache.keys.element_size())
+        block_q = block_m // (num_heads // spec.num_kv_heads)
+        num_q_blocks = num_seqs if decodes_only else num_rows // block_q + num_seqs
+        segments = (
+            self.num_segments(num_seqs * spec.num_kv_heads, step.max_seq_len, tile) if decodes_only else 1
+        )
+        out = torch.empty_like(q)
+        partial_out, partial_max, partial_sum = _workspace(q, segments)
+        window = spec.window or 0
+        attend[(num_q_blocks, spec.num_kv_heads, segments)](
+            q,
+            cache.keys,
+            cache.values,
+            cache.key_scales,
+            cache.value_scales,
+            out,
+            partial_out,
+            partial_max,
+            partial_sum,
+            step.query_start,
+            step.seq_lens,
+            where.block_table,
+            where.block_table.stride(0),
+            where.block_table.stride(1),
+            num_seqs,
+            spec.scale,
+            spec.softcap or 1.0,
+            NUM_HEADS=num_heads,
+            KV_HEADS=spec.num_kv_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_SIZE=step.block_size,
+            WINDOW=window,
+            HAS_SOFTCAP=spec.softcap is not None,
+            QUANTIZED=cache.key_scales is not None,
+            DECODES_ONLY=decodes_only,
+            BLOCK_M=block_m,
+            TILE=tile,
+            SEGMENTS=segments,
+            num_warps=4 if block_m * head_dim <= 16 * 256 else 8,
+            num_stages=2,
+        )
+        if segments > 1:
+            add_segments[(num_rows, num_heads)](
+                partial_out,
+                partial_max,
+                partial_sum,
+                out,
+                step.seq_lens,
+                NUM_HEADS=num_heads,
+                HEAD_DIM=head_dim,
+                WINDOW=window,
+                TILE=tile,
+                SEGMENTS=segments,
+            )
+        return out
+
+    def tile(self, head_dim: int, itemsize: int) -> int:
+        """Keys in a tile: two stages of keys and values must fit beside the queries."""
+        fits = self._shared_memory // (4 * head_dim * itemsize)
+        return max(16, min(64, 1 << (fits.bit_length() - 1)))
+
+    def num_segments(self, num_programs: int, max_seq_len: int, tile: int) -> int:
+        """Into how many parts the keys of each program are dealt out, a power of two."""
+        wanted = 2 * self._num_multiprocessors // num_programs
+        most = min(_MAX_SEGMENTS, max_seq_len // (_TILES_PER_SEGMENT * tile))
+        return 1 << max(0, min(wanted, most).bit_length() - 1)
+
+
+def _workspace(q: Tensor, segments: int) -> tuple[Any, Any, Any]:
+    if segments == 1:
+        return None, None, None
+    num_rows, num_heads, head_dim = q.shape
+    sums = q.new_empty((2, num_rows, num_heads, segments), dtype=torch.float32)
+    return q.new_empty((num_rows, num_heads, segments, head_dim), dtype=torch.float32), sums[0], sums[1]
