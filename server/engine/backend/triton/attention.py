@@ -38,7 +38,7 @@ _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _find_sequence(query_start, q_block, num_seqs, BLOCK_Q: tl.constexpr):  # type: ignore[no-untyped-def]
+def _find_sequence(query_start, q_block, num_seqs, BLOCK_Q: tl.constexpr):
     """The last sequence whose blocks begin at or before q_block, where sequence i has its blocks from
     query_start[i] // BLOCK_Q + i on."""
     low, high = 0, num_seqs
@@ -52,7 +52,7 @@ def _find_sequence(query_start, q_block, num_seqs, BLOCK_Q: tl.constexpr):  # ty
 
 
 @triton.jit
-def attend(  # type: ignore[no-untyped-def]
+def attend(
     q,
     keys,
     values,
@@ -177,7 +177,7 @@ def attend(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def add_segments(  # type: ignore[no-untyped-def]
+def add_segments(
     partial_out,
     partial_max,
     partial_sum,
@@ -224,8 +224,8 @@ class PagedAttention:
         """device: a GPU; for any other, those of a middling one."""
         if device.type != "cuda":
             return cls(num_multiprocessors=64, shared_memory=64 << 10)
-        properties = torch.cuda.get_device_properties(device)
-        return cls(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+        properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+        return cls(properties["multiprocessor_count"], properties["max_shared_mem"])
 
     def __call__(
         self, q: Tensor, cache: TritonKVCache, spec: AttentionSpec, group: int, step: DeviceInputs

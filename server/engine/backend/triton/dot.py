@@ -9,7 +9,7 @@ _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def dot(a, b):  # type: ignore[no-untyped-def]
+def dot(a, b):
     """a @ b in fp32, of two tiles of one dtype; products of fp32 are exact, not tf32's."""
     if _IS_INTERPRETED:
         # It takes the bits of a bfloat16 for an integer. In fp32 the products are the same.

@@ -12,7 +12,7 @@ _SOFTCAP_BLOCK = 2048
 
 
 @triton.jit
-def rms_norm_rows(  # type: ignore[no-untyped-def]
+def rms_norm_rows(
     x,
     update,
     residual,
@@ -42,7 +42,7 @@ def rms_norm_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def geglu_rows(gate_up, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def geglu_rows(gate_up, out, width, BLOCK: tl.constexpr):
     """Grid: (T, blocks of columns). gate_up: [T, 2 * width], out: [T, width].
 
     gelu(x) = x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x**3)), which is the tanh form (Hendrycks and
@@ -59,7 +59,7 @@ def geglu_rows(gate_up, out, width, BLOCK: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def embed_rows(table, token_ids, out, width, scale, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def embed_rows(table, token_ids, out, width, scale, BLOCK: tl.constexpr):
     """A row for each program. table: [vocabulary, width], token_ids: int32 [T], out: [T, width]."""
     row = tl.program_id(0)
     token = tl.load(token_ids + row).to(tl.int64)
@@ -70,7 +70,7 @@ def embed_rows(table, token_ids, out, width, scale, BLOCK: tl.constexpr):  # typ
 
 
 @triton.jit
-def softcap_rows(  # type: ignore[no-untyped-def]
+def softcap_rows(
     x, out, width, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Grid: (rows, blocks of columns). out, fp32, may not be x."""

@@ -20,7 +20,7 @@ _E4M3_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
-def _quantize(x, QUANTIZED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _quantize(x, QUANTIZED: tl.constexpr):
     """x over its scale, and the scale, such that the largest magnitude becomes that of e4m3."""
     scale = 1.0
     if QUANTIZED:
@@ -30,7 +30,7 @@ def _quantize(x, QUANTIZED: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def rotate_and_store(  # type: ignore[no-untyped-def]
+def rotate_and_store(
     qkv,
     q_out,
     keys,
