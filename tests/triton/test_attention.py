@@ -16,10 +16,10 @@ from tests.triton.layers import OneLayer, Sequences, dtype_of
 CPU = torch.device("cpu")
 
 MIXED = [
-    [40, 3, 0, 17, 1],
-    [1, 29, 1, 1, 0],
-    [1, 1, 1, 1, 1],
-    [23, 1, 1, 0, 70],
+    [20, 3, 0, 1],
+    [1, 17, 1, 0],
+    [1, 1, 1, 1],
+    [9, 1, 0, 33],
 ]
 """First tokens, decodes, whole prompts, later chunks; one step has decodes only."""
 

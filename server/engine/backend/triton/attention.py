@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from server.engine.backend.triton.dot import dot
 from server.engine.backend.triton.kv_cache import TritonKVCache
 from server.engine.device_step.inputs import DeviceInputs
 from server.engine.models.config import AttentionSpec
@@ -142,7 +141,7 @@ def attend(
         )
         slot = (block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head
         k = tl.load(keys + slot[None, :] * HEAD_DIM + dims[:, None], mask=loaded[None, :], other=0.0)
-        scores = dot(queries, k.to(queries.dtype)) * scale
+        scores = tl.dot(queries, k.to(queries.dtype), input_precision="ieee") * scale
         if QUANTIZED:
             scores *= tl.load(key_scales + slot, mask=loaded, other=0.0)[None, :]
         if HAS_SOFTCAP:
@@ -162,7 +161,9 @@ def attend(
         v = tl.load(values + slot[:, None] * HEAD_DIM + dims[None, :], mask=loaded[:, None], other=0.0)
         if QUANTIZED:
             weights *= tl.load(value_scales + slot, mask=loaded, other=0.0)[None, :]
-        summed = summed * rescale[:, None] + dot(weights.to(queries.dtype), v.to(queries.dtype))
+        summed = summed * rescale[:, None] + tl.dot(
+            weights.to(queries.dtype), v.to(queries.dtype), input_precision="ieee"
+        )
         largest = new_largest
 
     if SEGMENTS > 1:

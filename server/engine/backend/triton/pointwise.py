@@ -70,9 +70,7 @@ def embed_rows(table, token_ids, out, width, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def softcap_rows(
-    x, out, width, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
-):
+def softcap_rows(x, out, width, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (rows, blocks of columns). out, fp32, may not be x."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
