@@ -89,5 +89,5 @@ def test_query_and_key_norms(device: torch.device) -> None:
 def test_long_decodes_in_segments(device: torch.device, window: int | None) -> None:
     steps = [[190, 1, 31, 32, 33], [1] * 5]
     attention = PagedAttention.on(CPU)
-    assert attention.num_segments(5, 191, attention.tile(128, 4)) > 1
+    assert attention.num_segments(5, 191, attention.plan(spec_of(), 4, True).tile) > 1
     check(device, spec_of(window=window), steps)

@@ -16,7 +16,7 @@ in FlashAttention-2, arXiv 2307.08691). Laws:
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -212,6 +212,28 @@ def add_segments(
     tl.store(out + head_row * HEAD_DIM + dims, attended.to(out.dtype.element_ty))
 
 
+class Launch(NamedTuple):
+    """How `attend` is cut up for a device."""
+
+    block_m: int
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+def constants_of(spec: AttentionSpec, block_size: int, *, quantized: bool) -> dict[str, Any]:
+    """`attend`'s constants that follow from a layer and its cache."""
+    return {
+        "NUM_HEADS": spec.num_heads,
+        "KV_HEADS": spec.num_kv_heads,
+        "HEAD_DIM": spec.head_dim,
+        "BLOCK_SIZE": block_size,
+        "WINDOW": spec.window or 0,
+        "HAS_SOFTCAP": spec.softcap is not None,
+        "QUANTIZED": quantized,
+    }
+
+
 class PagedAttention:
     """Launches the kernels for one device."""
 
@@ -233,20 +255,16 @@ class PagedAttention:
     ) -> Tensor:
         """q: [T, heads, head_dim], rotated; the step's keys and values are in the cache. Returns the same shape
         and dtype. Nothing waits for the device."""
-        num_rows, num_heads, head_dim = q.shape
         where = step.groups[group]
         num_seqs = step.seq_lens.shape[0]
         decodes_only = step.max_query_len == 1
-        block_m = max(_DECODE_ROWS if decodes_only else _CHUNK_ROWS, num_heads // spec.num_kv_heads)
-        tile = self.tile(head_dim, cache.keys.element_size())
-        block_q = block_m // (num_heads // spec.num_kv_heads)
-        num_q_blocks = num_seqs if decodes_only else num_rows // block_q + num_seqs
-        segments = (
-            self.num_segments(num_seqs * spec.num_kv_heads, step.max_seq_len, tile) if decodes_only else 1
-        )
+        launch = self.plan(spec, cache.keys.element_size(), decodes_only)
+        block_q = launch.block_m * spec.num_kv_heads // spec.num_heads
+        num_q_blocks = num_seqs if decodes_only else len(q) // block_q + num_seqs
+        num_programs = num_seqs * spec.num_kv_heads
+        segments = self.num_segments(num_programs, step.max_seq_len, launch.tile) if decodes_only else 1
         out = torch.empty_like(q)
         partial_out, partial_max, partial_sum = _workspace(q, segments)
-        window = spec.window or 0
         attend[(num_q_blocks, spec.num_kv_heads, segments)](
             q,
             cache.keys,
@@ -265,39 +283,37 @@ class PagedAttention:
             num_seqs,
             spec.scale,
             spec.softcap or 1.0,
-            NUM_HEADS=num_heads,
-            KV_HEADS=spec.num_kv_heads,
-            HEAD_DIM=head_dim,
-            BLOCK_SIZE=step.block_size,
-            WINDOW=window,
-            HAS_SOFTCAP=spec.softcap is not None,
-            QUANTIZED=cache.key_scales is not None,
+            **constants_of(spec, step.block_size, quantized=cache.key_scales is not None),
             DECODES_ONLY=decodes_only,
-            BLOCK_M=block_m,
-            TILE=tile,
+            BLOCK_M=launch.block_m,
+            TILE=launch.tile,
             SEGMENTS=segments,
-            num_warps=4 if block_m * head_dim <= 16 * 256 else 8,
-            num_stages=2,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
         )
         if segments > 1:
-            add_segments[(num_rows, num_heads)](
+            add_segments[(len(q), spec.num_heads)](
                 partial_out,
                 partial_max,
                 partial_sum,
                 out,
                 step.seq_lens,
-                NUM_HEADS=num_heads,
-                HEAD_DIM=head_dim,
-                WINDOW=window,
-                TILE=tile,
+                NUM_HEADS=spec.num_heads,
+                HEAD_DIM=spec.head_dim,
+                WINDOW=spec.window or 0,
+                TILE=launch.tile,
                 SEGMENTS=segments,
             )
         return out
 
-    def tile(self, head_dim: int, itemsize: int) -> int:
-        """Keys in a tile: two stages of keys and values must fit beside the queries."""
-        fits = self._shared_memory // (4 * head_dim * itemsize)
-        return max(16, min(64, 1 << (fits.bit_length() - 1)))
+    def plan(self, spec: AttentionSpec, itemsize: int, decodes_only: bool) -> Launch:
+        """itemsize: bytes of a number in the cache."""
+        block_m = max(_DECODE_ROWS if decodes_only else _CHUNK_ROWS, spec.num_heads // spec.num_kv_heads)
+        # Two stages of keys and values must fit beside the queries; numbers of one byte become two on the way.
+        fits = self._shared_memory // (4 * spec.head_dim * max(2, itemsize))
+        tile = max(16, min(64, 1 << (fits.bit_length() - 1)))
+        num_warps = 4 if block_m * spec.head_dim <= _DECODE_ROWS * 256 and itemsize > 1 else 8
+        return Launch(block_m, tile, num_warps, num_stages=2)
 
     def num_segments(self, num_programs: int, max_seq_len: int, tile: int) -> int:
         """Into how many parts the keys of each program are dealt out, a power of two."""
