@@ -43,7 +43,7 @@ def _in_fp32(handle: Any) -> Any:
 
 
 def _convert(data: npt.NDArray[Any], source: Any, target: Any, rounding_mode: Any) -> npt.NDArray[Any]:
-    """The bits of numbers in `target`'s format, as unsigned integers; rounded to the nearest, or the even one."""
+    """The bits of numbers in `target`'s format, as unsigned integers; rounded to the nearest or even."""
     source_type, source_bits = _TORCH_TYPES[source]
     target_type, target_bits = _TORCH_TYPES[target]
     bits = np.ascontiguousarray(data).view(np.dtype(str(source_bits).removeprefix("torch.")))

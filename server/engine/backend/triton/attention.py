@@ -309,9 +309,10 @@ class PagedAttention:
     def plan(self, spec: AttentionSpec, itemsize: int, decodes_only: bool) -> Launch:
         """itemsize: bytes of a number in the cache."""
         block_m = max(_DECODE_ROWS if decodes_only else _CHUNK_ROWS, spec.num_heads // spec.num_kv_heads)
-        # Two stages of keys and values must fit beside the queries; numbers of one byte become two on the way.
-        fits = self._shared_memory // (4 * spec.head_dim * max(2, itemsize))
-        tile = max(16, min(64, 1 << (fits.bit_length() - 1)))
+        # Two stages of keys and values must fit beside the queries.
+        fits = self._shared_memory // (4 * spec.head_dim * itemsize)
+        # What converts numbers of one byte to two takes registers, of which larger tiles leave none.
+        tile = max(16, min(64 if itemsize > 1 else 32, 1 << (fits.bit_length() - 1)))
         num_warps = 4 if block_m * spec.head_dim <= _DECODE_ROWS * 256 and itemsize > 1 else 8
         return Launch(block_m, tile, num_warps, num_stages=2)
 
