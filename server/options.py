@@ -89,6 +89,11 @@ class ServerConfig(BaseModel):
         description="int8 rounds the weights to 8 bits when they are loaded, with a scale for each row: half "
         "the memory and, with the native back end, up to twice the speed, for answers that differ slightly.",
     )
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="fp8 stores keys and values in 8 bits (e4m3), with a scale for each token and head: twice "
+        "as many tokens in the same memory, for answers that differ slightly. auto means the dtype.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes a CUDA device where there is one."
     )
@@ -148,10 +153,11 @@ class ServerConfig(BaseModel):
         None, ge=1, description="Threads of the engine on a CPU; all cores, less one above two, if not given."
     )
 
-    backend: Literal["auto", "native", "reference"] = Field(
+    backend: Literal["auto", "native", "triton", "reference"] = Field(
         "auto",
-        description="What computes: `native` is C++ kernels for CPUs, `reference` plain PyTorch; auto takes "
-        "native on a CPU where the kernels are there or a compiler can make them.",
+        description="What computes: `native` is C++ kernels for CPUs, `triton` kernels for GPUs, `reference` "
+        "plain PyTorch; auto takes native on a CPU where the kernels are there or a compiler can make them, and"
+        " triton on a GPU where it passes a test at the start.",
     )
     cpu_isa: Literal["auto", "avx2", "avx512", "avx512_bf16", "amx"] = Field(
         "auto", description="Instruction set of the native kernels; auto takes the highest that the CPU has."

@@ -234,6 +234,7 @@ class Runtime:
             model_path=str(files.path),
             dtype=config.dtype,
             quantization=config.quantization,
+            kv_cache_dtype=config.kv_cache_dtype,
             device=config.device,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,

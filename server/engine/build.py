@@ -86,7 +86,15 @@ def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -
     num_threads = config.num_threads or default_num_threads()
     dtype = resolve_dtype(config.dtype)
     free_bytes = available_bytes(device)
-    backend = choose_backend(config.backend, config.cpu_isa, device, dtype, num_threads, config.quantization)
+    backend = choose_backend(
+        config.backend,
+        config.cpu_isa,
+        device,
+        dtype,
+        num_threads,
+        config.quantization,
+        config.kv_cache_dtype,
+    )
     source = open_weights(Path(config.model_path), backend, device, config.weight_cache)
     check_dtype(dtype, source.config)
     limits = _limits(config, source.config, _DEFAULTS[device])

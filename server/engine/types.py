@@ -106,6 +106,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """auto | bfloat16 | float32 | float16"""
     quantization: str = "none"
     """Of the weight matrices: none | int8"""
+    kv_cache_dtype: str = "auto"
+    """auto, which is `dtype` | fp8"""
     device: str = "auto"
     """auto | cpu | cuda"""
     max_model_len: int | None = None
@@ -131,7 +133,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int | None = None
     """Threads of the engine on a CPU; None: chosen from the cores at hand."""
     backend: str = "auto"
-    """auto | native | reference"""
+    """auto | native | triton | reference"""
     cpu_isa: str = "auto"
     """The native back end's instruction set level: auto | avx2 | avx512"""
     weight_cache: bool = True

@@ -100,8 +100,9 @@ class OneLayer:
         num_blocks = max(int(inputs.attention[0].block_table.max()) for _, inputs in steps)
         cache = self.backend.allocate_kv(group, num_blocks, sequences.block_size)[0]
         if self.poison:
-            for storage in (cache.keys, cache.values):
-                storage.view(self.dtype).fill_(self.poison)
+            for storage in (cache.keys, cache.values, cache.key_scales, cache.value_scales):
+                if storage is not None:
+                    storage.copy_(torch.full(storage.shape, self.poison))
         width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
         outputs = []
         for number, (_, inputs) in enumerate(steps):

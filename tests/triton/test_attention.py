@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from server.engine.backend.reference import ReferenceBackend
+from server.engine.backend.reference_attention import quantize_heads
 from server.engine.backend.triton.attention import PagedAttention
 from server.engine.backend.triton.backend import TritonBackend
 from server.engine.models.config import AttentionSpec
@@ -32,12 +33,20 @@ def check(
     dtype: torch.dtype = torch.float32,
     *,
     qk_norm: bool = False,
+    kv_cache_dtype: str = "auto",
 ) -> None:
     sequences = Sequences(steps, block_size)
-    reference = OneLayer(ReferenceBackend(CPU, dtype_of(dtype)), CPU, spec, dtype, qk_norm=qk_norm)
+    reference = OneLayer(
+        ReferenceBackend(CPU, dtype_of(dtype), "none", kv_cache_dtype), CPU, spec, dtype, qk_norm=qk_norm
+    )
     # Whatever is loaded from a slot that nothing was stored in shows in the result.
     triton = OneLayer(
-        TritonBackend(device, dtype_of(dtype)), device, spec, dtype, qk_norm=qk_norm, poison=math.nan
+        TritonBackend(device, dtype_of(dtype), kv_cache_dtype),
+        device,
+        spec,
+        dtype,
+        qk_norm=qk_norm,
+        poison=math.nan,
     )
     tolerance = 2e-5 if dtype is torch.float32 else 2e-2
     for got, expected in zip(triton.run(sequences), reference.run(sequences), strict=True):
@@ -91,3 +100,20 @@ def test_long_decodes_in_segments(device: torch.device, window: int | None) -> N
     attention = PagedAttention.on(CPU)
     assert attention.num_segments(5, 191, attention.plan(spec_of(), 4, True).tile) > 1
     check(device, spec_of(window=window), steps)
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_keys_and_values_in_fp8(device: torch.device, head_dim: int, dtype: torch.dtype) -> None:
+    spec = spec_of(2, 2, head_dim=head_dim, window=19)
+    check(device, spec, dtype=dtype, qk_norm=True, kv_cache_dtype="fp8")
+
+
+def test_long_decodes_in_segments_in_fp8(device: torch.device) -> None:
+    check(device, spec_of(), [[190, 31], [1, 1]], kv_cache_dtype="fp8")
+
+
+def test_heads_that_are_zero_in_fp8() -> None:
+    quantized, scales = quantize_heads(torch.zeros(1, 1, 128))
+    assert quantized.float().eq(0).all()
+    assert scales.eq(1).all()

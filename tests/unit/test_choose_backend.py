@@ -24,8 +24,22 @@ def test_the_reference_can_be_asked_for() -> None:
     assert choose_backend("reference", "auto", "cpu", DType.FLOAT32, 1).name == "reference"
 
 
-def test_other_devices_have_the_reference_only() -> None:
+def test_without_a_gpu_its_kernels_are_replaced_with_a_warning_or_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     assert choose_backend("auto", "auto", "cuda", DType.FLOAT32, 1).name == "reference"
+    assert "no Triton kernels" in caplog.text
+    with pytest.raises(BackendError, match="--backend triton: the kernels do not work here"):
+        choose_backend("triton", "auto", "cuda", DType.FLOAT32, 1)
+
+
+def test_each_device_has_its_own_kernels() -> None:
+    with pytest.raises(BackendError, match=r"--backend triton: .* --device is cpu"):
+        choose_backend("triton", "auto", "cpu", DType.FLOAT32, 1)
+    with pytest.raises(BackendError, match=r"--backend triton: it does not have --quantization int8"):
+        choose_backend("triton", "auto", "cuda", DType.FLOAT32, 1, "int8")
+    with pytest.raises(BackendError, match=r"--kv-cache-dtype fp8: the native CPU kernels do not have it"):
+        choose_backend("auto", "auto", "cpu", DType.BFLOAT16, 1, "none", "fp8")
     with pytest.raises(BackendError, match=r"--backend native: .* --device is cuda"):
         choose_backend("native", "auto", "cuda", DType.FLOAT32, 1)
 

@@ -17,17 +17,38 @@ class BackendError(ValueError):
 
 
 def choose_backend(
-    name: str, cpu_isa: str, device: str, dtype: DType, num_threads: int, quantization: str = "none"
+    name: str,
+    cpu_isa: str,
+    device: str,
+    dtype: DType,
+    num_threads: int,
+    quantization: str = "none",
+    kv_cache_dtype: str = "auto",
 ) -> AnyBackend:
-    """name: auto, native or reference. cpu_isa: auto or one of the native back end's levels.
+    """name: auto, native, triton or reference. cpu_isa: auto or one of the native back end's levels.
 
-    quantization: of the weight matrices, none or int8. auto is native on a CPU that has it. Raises BackendError
-    where what is asked for by name cannot be.
+    quantization: of the weight matrices, none or int8. kv_cache_dtype: auto or fp8. auto is native on a CPU and
+    triton on a GPU, where they work. Raises BackendError where what is asked for by name cannot be.
     """
-    if name == "reference" or (name == "auto" and device != "cpu"):
-        return _reference(device, dtype, num_threads, quantization)
-    if device != "cpu":
+    if name == "reference":
+        return _reference(device, dtype, num_threads, quantization, kv_cache_dtype)
+    if device == "cpu":
+        if name == "triton":
+            raise BackendError("--backend triton: it computes on a GPU, and --device is cpu")
+        return _on_cpu(name, cpu_isa, dtype, num_threads, quantization, kv_cache_dtype)
+    if name == "native":
         raise BackendError(f"--backend native: it computes on a CPU, and --device is {device}")
+    return _on_gpu(name, device, dtype, quantization, kv_cache_dtype)
+
+
+def _on_cpu(
+    name: str, cpu_isa: str, dtype: DType, num_threads: int, quantization: str, kv_cache_dtype: str
+) -> AnyBackend:
+    if kv_cache_dtype != "auto":
+        raise BackendError(
+            f"--kv-cache-dtype {kv_cache_dtype}: the native CPU kernels do not have it; leave it out, or take"
+            " --backend reference, which is much slower"
+        )
     try:
         backend = NativeBackend(dtype, num_threads, cpu_isa, quantization)
     except NativeUnavailableError as error:
@@ -35,12 +56,34 @@ def choose_backend(
             option = "--backend native" if name == "native" else f"--cpu-isa {cpu_isa}"
             raise BackendError(f"{option}: no native CPU kernels: {error}") from error
         logger.warning("no native CPU kernels, so steps take two to three times as long: %s", error)
-        return _reference(device, dtype, num_threads, quantization)
+        return _reference("cpu", dtype, num_threads, quantization, kv_cache_dtype)
     logger.info("native CPU kernels: %s, %d threads", backend.level, num_threads)
     return backend
 
 
-def _reference(device: str, dtype: DType, num_threads: int, quantization: str) -> AnyBackend:
+def _on_gpu(name: str, device: str, dtype: DType, quantization: str, kv_cache_dtype: str) -> AnyBackend:
+    if quantization != "none":
+        if name == "triton":
+            raise BackendError(f"--backend triton: it does not have --quantization {quantization}")
+        return _reference(device, dtype, 1, quantization, kv_cache_dtype)
+    try:
+        import torch
+
+        from server.engine.backend.triton.backend import TritonBackend
+        from server.engine.backend.triton.self_test import self_test
+
+        self_test(torch.device(device), dtype, kv_cache_dtype)
+    except Exception as error:  # whatever a compiler or a driver raises, the other back end may do
+        if name == "triton":
+            raise BackendError(f"--backend triton: the kernels do not work here: {error}") from error
+        logger.warning("no Triton kernels, so steps take many times as long: %s", error)
+        return _reference(device, dtype, 1, quantization, kv_cache_dtype)
+    return TritonBackend(torch.device(device), dtype, kv_cache_dtype)
+
+
+def _reference(
+    device: str, dtype: DType, num_threads: int, quantization: str, kv_cache_dtype: str
+) -> AnyBackend:
     # Imported only where it serves, for it imports torch.
     import torch
 
@@ -48,4 +91,4 @@ def _reference(device: str, dtype: DType, num_threads: int, quantization: str) -
 
     if device == "cpu":
         torch.set_num_threads(num_threads)
-    return ReferenceBackend(torch.device(device), dtype, quantization)
+    return ReferenceBackend(torch.device(device), dtype, quantization, kv_cache_dtype)

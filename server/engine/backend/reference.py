@@ -17,7 +17,14 @@ from server.engine.backend import int8
 from server.engine.backend.base import AttentionLayer, Rope
 from server.engine.backend.int8 import QuantizedMatrix
 from server.engine.backend.memory import zeros_on_demand
-from server.engine.backend.reference_attention import AttentionPlan, KVCache, paged_attention, plan_attention
+from server.engine.backend.reference_attention import (
+    KV_FP8,
+    AttentionPlan,
+    KVCache,
+    kv_bytes,
+    paged_attention,
+    plan_attention,
+)
 from server.engine.backend.scratch import Scratch
 from server.engine.backend.upcast import UpcastMatmul
 from server.engine.dtype import DType
@@ -57,12 +64,15 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def __init__(self, device: torch.device, dtype: DType, quantization: str = "none") -> None:
-        """quantization: none or int8."""
+    def __init__(
+        self, device: torch.device, dtype: DType, quantization: str = "none", kv_cache_dtype: str = "auto"
+    ) -> None:
+        """quantization: none or int8. kv_cache_dtype: auto, which is dtype, or fp8."""
         self.dtype = dtype
         self._quantized = quantization == "int8"
         self._device = device
         self._torch_dtype: torch.dtype = getattr(torch, dtype)
+        self._kv_dtype = KV_FP8 if kv_cache_dtype == "fp8" else self._torch_dtype
         self._scratch = Scratch(device)
         self._matmul = UpcastMatmul() if UpcastMatmul.is_needed(device, self._torch_dtype) else F.linear
 
@@ -77,20 +87,19 @@ class ReferenceBackend:
         return 1.0 + weight.to(self._device, torch.float32)
 
     def kv_bytes_per_block(self, group: KVGroupSpec, block_size: int) -> int:
-        per_layer = 2 * block_size * group.num_kv_heads * group.head_dim * self.dtype.itemsize
+        per_layer = kv_bytes((1, block_size, group.num_kv_heads, group.head_dim), self._kv_dtype)
         return per_layer * len(group.layer_indices)
 
     def allocate_kv(self, group: KVGroupSpec, num_blocks: int, block_size: int) -> list[KVCache]:
         shape = (num_blocks + 1, block_size, group.num_kv_heads, group.head_dim)
+        return [KVCache.allocate(shape, self._kv_dtype, self._zeros) for _ in group.layer_indices]
 
-        return [KVCache(self._zeros(shape), self._zeros(shape)) for _ in group.layer_indices]
-
-    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Zeros, because a masked slot is still multiplied by 0."""
         if self._device.type != "cpu":
-            return torch.zeros(shape, dtype=self._torch_dtype, device=self._device)
-        memory = torch.from_numpy(zeros_on_demand(math.prod(shape) * self.dtype.itemsize))
-        return memory.view(self._torch_dtype).view(shape)
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+        memory = torch.from_numpy(zeros_on_demand(math.prod(shape) * dtype.itemsize))
+        return memory.view(dtype).view(shape)
 
     def capture(
         self, forward: Callable[[ReferenceStep], Tensor], max_tokens: int

@@ -12,6 +12,8 @@ Sequences with one new token (decodes) run as padded batches, longer chunks one 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +24,8 @@ from server.engine.backend.scratch import Scratch
 from server.engine.inputs import AttentionMetadata
 from server.engine.models.config import AttentionSpec
 
+KV_FP8 = torch.float8_e4m3fn
+_E4M3_MAX = 448.0
 _GATHER_TOKENS = 8192
 """Keys gathered for one batch of decodes at most (unless one sequence alone has more)."""
 _TILE_QUERIES = 128
@@ -30,10 +34,54 @@ _TILE_QUERIES = 128
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """One layer's keys and values, each [blocks, block_size, kv_heads, head_dim]."""
+    """One layer's keys and values, each [blocks, block_size, kv_heads, head_dim].
+
+    In the model's dtype, or in float8_e4m3fn with a scale for each token and head, by which what is stored is
+    multiplied: the head's largest magnitude over the largest of e4m3.
+    """
 
     keys: Tensor
     values: Tensor
+    key_scales: Tensor | None = None
+    """fp32 [blocks, block_size, kv_heads], with float8 alone."""
+    value_scales: Tensor | None = None
+
+    @classmethod
+    def allocate(
+        cls,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        zeros: Callable[[tuple[int, ...], torch.dtype], Tensor],
+    ) -> KVCache:
+        """shape: [blocks, block_size, kv_heads, head_dim]; zeros: allocates."""
+        if dtype is not KV_FP8:
+            return cls(zeros(shape, dtype), zeros(shape, dtype))
+        scales = (zeros(shape[:3], torch.float32) for _ in range(2))
+        return cls(zeros(shape, dtype), zeros(shape, dtype), *scales)
+
+    def store(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """slots: [T]; k, v: [T, kv_heads, head_dim] in the model's dtype."""
+        for storage, scales, new in ((self.keys, self.key_scales, k), (self.values, self.value_scales, v)):
+            if scales is not None:
+                new, scale = quantize_heads(new)
+                scales.view(-1, scales.shape[2]).index_copy_(0, slots, scale)
+                # Not every operation knows float8; copying is the same for bytes.
+                storage, new = storage.view(torch.uint8), new.view(torch.uint8)
+            storage.view(-1, *new.shape[1:]).index_copy_(0, slots, new)
+
+
+def kv_bytes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
+    """Bytes of a `KVCache` of this shape."""
+    num_heads = math.prod(shape[:3])
+    return 2 * num_heads * (shape[3] * dtype.itemsize + (4 if dtype is KV_FP8 else 0))
+
+
+def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, heads, head_dim] -> the same in e4m3, and the scales, fp32 [T, heads]."""
+    x = x.float()
+    largest = x.abs().amax(dim=-1)
+    scale = torch.where(largest > 0, largest / _E4M3_MAX, 1.0)
+    return (x / scale[..., None]).to(KV_FP8), scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +140,8 @@ def paged_attention(
     q: Tensor, k: Tensor, v: Tensor, cache: KVCache, spec: AttentionSpec, plan: AttentionPlan, scratch: Scratch
 ) -> Tensor:
     """Stores k and v in their slots, then attends. q: [T, heads, head_dim] fp32; k, v: [T, kv_heads, head_dim]
-    in the cache's dtype. Returns [T, heads * head_dim] fp32."""
-    cache.keys.view(-1, *k.shape[1:]).index_copy_(0, plan.slots, k)
-    cache.values.view(-1, *v.shape[1:]).index_copy_(0, plan.slots, v)
+    in the model's dtype. Returns [T, heads * head_dim] fp32."""
+    cache.store(plan.slots, k, v)
     q = (q * spec.scale).view(
         q.shape[0], spec.num_kv_heads, -1, spec.head_dim
     )  # [T, kv_heads, group, head_dim]
@@ -147,10 +194,12 @@ def _attend_decodes(
 ) -> None:
     num, length = decodes.masked.shape
     shape = (num, length, spec.num_kv_heads, spec.head_dim)
-    keys = _gather(cache.keys, decodes.blocks, "keys", scratch).view(shape).transpose(1, 2)
+    keys = _gather(cache.keys, cache.key_scales, decodes.blocks, "keys", scratch).view(shape).transpose(1, 2)
     scores = torch.matmul(q[decodes.rows], keys.transpose(2, 3))  # [N, kv_heads, group, L]
     probabilities = _softmax(scores, decodes.masked[:, None, None, :], spec.softcap)
-    values = _gather(cache.values, decodes.blocks, "values", scratch).view(shape).transpose(1, 2)
+    values = (
+        _gather(cache.values, cache.value_scales, decodes.blocks, "values", scratch).view(shape).transpose(1, 2)
+    )
     values.masked_fill_(decodes.masked[:, None, :, None], 0.0)
     out[decodes.rows] = torch.matmul(probabilities, values)
 
@@ -191,9 +240,11 @@ def _attend_chunk(
     q: Tensor, cache: KVCache, spec: AttentionSpec, chunk: _Chunk, scratch: Scratch, out: Tensor
 ) -> None:
     all_keys = (
-        _gather(cache.keys, chunk.blocks, "keys", scratch).flatten(0, 1).transpose(0, 1)
+        _gather(cache.keys, cache.key_scales, chunk.blocks, "keys", scratch).flatten(0, 1).transpose(0, 1)
     )  # [kv_heads, L, D]
-    all_values = _gather(cache.values, chunk.blocks, "values", scratch).flatten(0, 1).transpose(0, 1)
+    all_values = (
+        _gather(cache.values, cache.value_scales, chunk.blocks, "values", scratch).flatten(0, 1).transpose(0, 1)
+    )
     for tile in chunk.tiles:
         queries = q[tile.queries].permute(1, 2, 0, 3)  # [kv_heads, group, t, D]
         num_kv_heads, group, num, head_dim = queries.shape
@@ -208,9 +259,13 @@ def _attend_chunk(
 # --- both --------------------------------------------------------------------------------------------------
 
 
-def _gather(storage: Tensor, blocks: Tensor, name: str, scratch: Scratch) -> Tensor:
+def _gather(storage: Tensor, scales: Tensor | None, blocks: Tensor, name: str, scratch: Scratch) -> Tensor:
     """The blocks in fp32: [M, block_size, kv_heads, head_dim]."""
     shape = (blocks.shape[0], *storage.shape[1:])
+    if scales is not None:
+        stored = storage.view(torch.uint8).index_select(0, blocks).view(storage.dtype)
+        gathered = scratch.take(f"{name} in fp32", shape, torch.float32).copy_(stored)
+        return gathered.mul_(scales.index_select(0, blocks)[..., None])
     gathered = scratch.take(name, shape, storage.dtype)
     torch.index_select(storage, 0, blocks, out=gathered)
     if storage.dtype is torch.float32:

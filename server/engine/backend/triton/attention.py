@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from server.engine.backend.triton.kv_cache import TritonKVCache
+from server.engine.backend.reference_attention import KVCache
 from server.engine.device_step.inputs import DeviceInputs
 from server.engine.models.config import AttentionSpec
 
@@ -251,7 +251,7 @@ class PagedAttention:
         return cls(properties["multiprocessor_count"], properties["max_shared_mem"])
 
     def __call__(
-        self, q: Tensor, cache: TritonKVCache, spec: AttentionSpec, group: int, step: DeviceInputs
+        self, q: Tensor, cache: KVCache, spec: AttentionSpec, group: int, step: DeviceInputs
     ) -> Tensor:
         """q: [T, heads, head_dim], rotated; the step's keys and values are in the cache. Returns the same shape
         and dtype. Nothing waits for the device."""

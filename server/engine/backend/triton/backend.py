@@ -16,9 +16,9 @@ from torch import Tensor
 
 from server.engine.backend.base import AttentionLayer, Rope
 from server.engine.backend.reference import rope_frequencies
+from server.engine.backend.reference_attention import KV_FP8, KVCache, kv_bytes
 from server.engine.backend.triton import pointwise
 from server.engine.backend.triton.attention import PagedAttention
-from server.engine.backend.triton.kv_cache import TritonKVCache
 from server.engine.backend.triton.rotary import apply_rotary
 from server.engine.device_step.inputs import DeviceGroup, DeviceInputs
 from server.engine.dtype import DType
@@ -32,11 +32,12 @@ class TritonBackend:
 
     name = "triton"
 
-    def __init__(self, device: torch.device, dtype: DType) -> None:
-        """device: a GPU, or the CPU under Triton's interpreter."""
+    def __init__(self, device: torch.device, dtype: DType, kv_cache_dtype: str = "auto") -> None:
+        """device: a GPU, or the CPU with the interpreter. kv_cache_dtype: auto, which is dtype, or fp8."""
         self.dtype = dtype
         self._device = device
         self._torch_dtype: torch.dtype = getattr(torch, dtype)
+        self._kv_dtype = KV_FP8 if kv_cache_dtype == "fp8" else self._torch_dtype
         self._attention = PagedAttention.on(device)
         self._frequencies: dict[Rope, Tensor] = {}
 
@@ -50,16 +51,16 @@ class TritonBackend:
         return 1.0 + weight.to(self._device, torch.float32)
 
     def kv_bytes_per_block(self, group: KVGroupSpec, block_size: int) -> int:
-        per_layer = 2 * block_size * group.num_kv_heads * group.head_dim * self.dtype.itemsize
+        per_layer = kv_bytes((1, block_size, group.num_kv_heads, group.head_dim), self._kv_dtype)
         return per_layer * len(group.layer_indices)
 
-    def allocate_kv(self, group: KVGroupSpec, num_blocks: int, block_size: int) -> list[TritonKVCache]:
+    def allocate_kv(self, group: KVGroupSpec, num_blocks: int, block_size: int) -> list[KVCache]:
         shape = (num_blocks + 1, block_size, group.num_kv_heads, group.head_dim)
 
-        def zeros() -> Tensor:
-            return torch.zeros(shape, dtype=self._torch_dtype, device=self._device)
+        def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
 
-        return [TritonKVCache(zeros(), zeros()) for _ in group.layer_indices]
+        return [KVCache.allocate(shape, self._kv_dtype, zeros) for _ in group.layer_indices]
 
     def capture(
         self, forward: Callable[[DeviceInputs], Tensor], max_tokens: int
@@ -89,7 +90,7 @@ class TritonBackend:
         return pointwise.add_rms_norm(residual, update, weight, eps)
 
     def attention(
-        self, qkv: Tensor, layer: AttentionLayer[Tensor], cache: TritonKVCache, step: DeviceInputs
+        self, qkv: Tensor, layer: AttentionLayer[Tensor], cache: KVCache, step: DeviceInputs
     ) -> Tensor:
         if layer.rope not in self._frequencies:
             self._frequencies[layer.rope] = rope_frequencies(layer.rope, self._device)

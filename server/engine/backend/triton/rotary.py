@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from server.engine.backend.base import AttentionLayer
-from server.engine.backend.triton.kv_cache import TritonKVCache
+from server.engine.backend.reference_attention import KVCache
 from server.engine.device_step.inputs import DeviceInputs
 
 _E4M3_MAX = tl.constexpr(448.0)
@@ -104,7 +104,7 @@ def apply_rotary(
     qkv: Tensor,
     layer: AttentionLayer[Tensor],
     frequencies: Tensor,
-    cache: TritonKVCache,
+    cache: KVCache,
     step: DeviceInputs,
 ) -> Tensor:
     """qkv: [T, (heads + 2 * kv_heads) * head_dim]. Stores keys and values; returns q, [T, heads, head_dim]."""
