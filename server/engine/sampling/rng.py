@@ -6,6 +6,11 @@ preemption, nor batching, nor a prefix-cache hit can shift a seeded sequence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
@@ -19,6 +24,13 @@ def uniform(seed: int, index: int) -> float:
     return (splitmix64(splitmix64(seed, 0), index) >> 11) * 2.0**-53
 
 
+def uniforms(seeds: Sequence[int], indices: Sequence[int]) -> NDArray[np.float64]:
+    """`uniform` of each pair. [R], [R] -> [R]"""
+    state = _splitmix64_of(np.array(seeds, dtype=np.uint64), np.zeros(1, dtype=np.uint64))
+    numbers = _splitmix64_of(state, np.array(indices, dtype=np.uint64)) >> np.uint64(11)
+    return numbers.astype(np.float64) * 2.0**-53
+
+
 def splitmix64(state: int, index: int) -> int:
     """Output number `index` (from 0) of the SplitMix64 generator that starts at `state`; 64 bits.
 
@@ -30,3 +42,12 @@ def splitmix64(state: int, index: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
+
+
+def _splitmix64_of(state: NDArray[np.uint64], index: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """`splitmix64` of each pair; arithmetic of arrays in 64 bits wraps around by itself."""
+    z = state + (index + np.uint64(1)) * np.uint64(_GAMMA)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z
