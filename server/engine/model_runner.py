@@ -22,9 +22,9 @@ from server.engine.faults import PendingStep
 from server.engine.inputs import ModelInputs, PromptRows, build_inputs, missing_prompt_rows, null_inputs
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.models.gemma import GemmaModel
-from server.engine.sampling.arrays import sampling_arrays
+from server.engine.sampling.arrays import sampled_token, sampling_arrays
 from server.engine.sampling.constraints import TokenConstraints
-from server.engine.sampling.types import NOT_FINITE, SampledToken
+from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence as EngineSequence
 
 if TYPE_CHECKING:
@@ -48,10 +48,7 @@ class _StepOnDevice:
     tokens: PendingTokens
 
     def wait(self) -> list[SampledToken]:
-        return [
-            SampledToken(token) if token >= 0 else SampledToken(-1, error=NOT_FINITE)
-            for token in self.tokens.wait()
-        ]
+        return [sampled_token(token_id) for token_id in self.tokens.wait()]
 
 
 class ModelRunner:
