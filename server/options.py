@@ -137,9 +137,9 @@ class ServerConfig(BaseModel):
         None,
         gt=0,
         le=1,
-        description="Share of the memory that is free at the start which weights and KV cache may take, of the "
-        "GPU's or, without one, of main memory; 0.9 on a GPU if not given, and 0.8 on a CPU, where the KV "
-        "cache then takes 4 GiB at most.",
+        description="Share of the memory that weights, steps and KV cache may take: of all that a GPU has, as "
+        "in vLLM, or, without one, of the main memory that is free at the start; 0.9 on a GPU if not given, "
+        "and 0.8 on a CPU, where the KV cache then takes 4 GiB at most.",
     )
     kv_cache_memory_bytes: int | None = Field(
         None, ge=1, description="Size of the KV cache in bytes, instead of what gpu-memory-utilization yields."

@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from server.batching import Scheduler, SchedulerConfig
+from server.engine.backend.base import AnyBackend
 from server.engine.backend.choose import choose_backend
 from server.engine.core import EngineCore
 from server.engine.device import check_dtype, default_num_threads, resolve_device, resolve_dtype
+from server.engine.device_step.backend import DeviceBackend
 from server.engine.grammar.compiler import GrammarCompiler
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.kv_cache.tensors import KVTensors
@@ -20,6 +23,7 @@ from server.engine.memory import (
     OutOfMemoryError,
     PoolLimits,
     activation_bytes,
+    allowed_bytes,
     available_bytes,
     size_kv_pools,
     weight_bytes,
@@ -31,6 +35,9 @@ from server.engine.models.weights import open_weights
 from server.engine.pacing import PrefillPacer
 from server.engine.speculation import NgramSpeculator
 from server.engine.types import EngineConfig, EngineInfo
+
+if TYPE_CHECKING:
+    from server.engine.device_step.assemble import StepMaker
 
 Progress = Callable[[str, float], None]
 """Called with a stage's name and the fraction of it that is done."""
@@ -45,7 +52,7 @@ class _DeviceDefaults:
     max_num_seqs: int
     max_num_batched_tokens: int
     memory_share: float
-    """Of the memory that is free before loading, for weights, pools and activations."""
+    """See `memory.allowed_bytes`."""
     max_kv_bytes: int | None
     """Pools are not made larger than this (or than one sequence of max_model_len) unless asked for."""
     steps_in_flight: int
@@ -105,6 +112,10 @@ def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -
             f"the weights take {weights_size / MIB:.0f} MiB in {form}, but only {free_bytes / MIB:.0f} MiB of "
             f"memory are free on the {device}"
         )
+    share = config.gpu_memory_utilization or _DEFAULTS[device].memory_share
+    has_size = config.kv_cache_memory_bytes is not None or config.num_blocks_override is not None
+    allowed = free_bytes if has_size else allowed_bytes(device, share, free_bytes)
+    maker = _step_maker(backend, config, limits)
     model = GemmaModel(source.config, backend, source.load(lambda fraction: progress("weights", fraction)))
 
     progress("kv cache", 0.0)
@@ -113,12 +124,15 @@ def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -
     if config.num_blocks_override is not None:
         num_blocks = (config.num_blocks_override,) * len(groups)
     else:
-        least = sum(
-            (limits.blocks_of_one(group) + 1) * size
-            for group, size in zip(groups, bytes_per_block, strict=True)
-        )
-        used = weights_size + activation_bytes(source.config, dtype.itemsize, limits)
-        budget = _kv_budget(config, _DEFAULTS[device], free_bytes, used, least)
+        budget = config.kv_cache_memory_bytes
+        if budget is None:
+            needed = weights_size + activation_bytes(source.config, dtype.itemsize, limits)
+            used = needed if maker is None else maker.measure(model).total
+            least = sum(
+                (limits.blocks_of_one(group) + 1) * size
+                for group, size in zip(groups, bytes_per_block, strict=True)
+            )
+            budget = _kv_budget(config, _DEFAULTS[device], allowed - used, least)
         num_blocks = size_kv_pools(groups, bytes_per_block, budget, limits)
     kv = KVTensors(backend, groups, num_blocks, limits.block_size)
     manager = KVCacheManager(
@@ -127,7 +141,8 @@ def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -
 
     progress("warm-up", 0.0)
     sampler = backend.sampler(source.config.vocab_size, config.suppress_token_ids)
-    runner = ModelRunner(model, kv, sampler, limits.max_num_batched_tokens)
+    step = None if maker is None else maker.make(model, kv)
+    runner = ModelRunner(model, kv, sampler, limits.max_num_batched_tokens, step)
     runner.warm_up()
     runs_ahead = _runs_ahead(config, runner.can_run_ahead, backend.name, device)
 
@@ -159,6 +174,15 @@ def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -
     )
     pacer = PrefillPacer(config.prefill_stretch, limits.max_num_batched_tokens)
     return EngineCore(scheduler, pacer, runner, GrammarCompiler(wake), runs_ahead=runs_ahead), info
+
+
+def _step_maker(backend: AnyBackend, config: EngineConfig, limits: PoolLimits) -> StepMaker | None:
+    """None if the back end computes while the host waits."""
+    if not isinstance(backend, DeviceBackend):
+        return None
+    from server.engine.device_step.assemble import StepMaker  # imports torch, as such a back end has done
+
+    return StepMaker(backend, config.suppress_token_ids, limits)
 
 
 def _runs_ahead(config: EngineConfig, is_possible: bool, backend: str, device: str) -> bool:
@@ -194,11 +218,8 @@ def _limits(config: EngineConfig, model: GemmaConfig, defaults: _DeviceDefaults)
     )
 
 
-def _kv_budget(config: EngineConfig, defaults: _DeviceDefaults, free_bytes: int, used: int, least: int) -> int:
-    """Bytes for the pools. free_bytes: before loading; used: weights and activations; least: one sequence."""
-    if config.kv_cache_memory_bytes is not None:
-        return config.kv_cache_memory_bytes
-    if config.gpu_memory_utilization is not None:
-        return int(config.gpu_memory_utilization * free_bytes) - used
-    budget = int(defaults.memory_share * free_bytes) - used
-    return budget if defaults.max_kv_bytes is None else min(budget, max(defaults.max_kv_bytes, least))
+def _kv_budget(config: EngineConfig, defaults: _DeviceDefaults, left: int, least: int) -> int:
+    """Bytes for the pools. left: beside weights and steps; least: for one sequence."""
+    if config.gpu_memory_utilization is not None or defaults.max_kv_bytes is None:
+        return left
+    return min(left, max(defaults.max_kv_bytes, least))

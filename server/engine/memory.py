@@ -31,6 +31,27 @@ def available_bytes(device: str) -> int:
     return available if of_cgroup is None else min(available, of_cgroup)
 
 
+def allowed_bytes(device: str, share: float, free_bytes: int) -> int:
+    """What weights, KV pools and steps may take together.
+
+    share: of what is free; of all that a GPU has, as vLLM counts. free_bytes: before loading. Raises
+    OutOfMemoryError if so much is not free on a GPU.
+    """
+    if device == "cpu":
+        return int(share * free_bytes)
+    import torch
+
+    total_bytes = torch.cuda.mem_get_info(device)[1]
+    allowed = int(share * total_bytes)
+    if allowed > free_bytes:
+        raise OutOfMemoryError(
+            f"--gpu-memory-utilization {share:g} of the GPU's {total_bytes / MIB:.0f} MiB is "
+            f"{allowed / MIB:.0f} MiB, but only {free_bytes / MIB:.0f} MiB are free: lower it, or end what "
+            "else uses the GPU"
+        )
+    return allowed
+
+
 @dataclass(frozen=True, slots=True)
 class PoolLimits:
     """What the sizes of the pools follow from, beside the budget."""
@@ -98,9 +119,9 @@ def size_kv_pools(
     if needed > left:
         raise OutOfMemoryError(
             f"the KV cache of one sequence of --max-model-len {limits.max_model_len} tokens takes "
-            f"{needed / MIB:.0f} MiB, but only {max(left, 0) / MIB:.0f} MiB are left for it after the weights: "
-            "lower --max-model-len, or give the server more memory (--gpu-memory-utilization, "
-            "--kv-cache-memory-bytes, the container's limit)"
+            f"{needed / MIB:.0f} MiB, but only {max(left, 0) / MIB:.0f} MiB are left for it after the weights "
+            "and a step: lower --max-model-len, or --max-num-batched-tokens and --max-num-seqs, or give the "
+            "server more memory (--gpu-memory-utilization, --kv-cache-memory-bytes, the container's limit)"
         )
     if len(groups) == 1:
         return (min(most[0], left // bytes_per_block[0]),)

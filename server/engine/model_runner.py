@@ -52,9 +52,6 @@ class _StepOnDevice:
 
 
 class ModelRunner:
-    can_run_ahead = False
-    """Whether a step is computed beside the host, so that the next can be launched meanwhile."""
-
     def __init__(
         self,
         model: GemmaModel,
@@ -70,6 +67,8 @@ class ModelRunner:
         self._sampler = sampler
         self._constraints = TokenConstraints(model.config.vocab_size)
         self._device = device
+        self.can_run_ahead = device is not None
+        """Whether a step is computed beside the host, so that the next can be launched meanwhile."""
         self._forward: Callable[[ModelInputs], Any] = (
             model.capture(kv.by_layer, max(max_num_batched_tokens, 1 + _WARM_UP_TOKENS))
             if device is None
@@ -108,6 +107,8 @@ class ModelRunner:
         counts = np.array([1, _WARM_UP_TOKENS], dtype=np.int32)
         inputs = null_inputs(counts, counts, self._kv.num_groups, self._kv.block_size)
         self._model.compute_logits(self._forward(inputs))
+        if self._device is not None:
+            self._device.warm_up()
 
     def _append_prompt_logprobs(self, hidden: Any, prompt_rows: Sequence[PromptRows]) -> None:
         """hidden: the rows of all of prompt_rows, in order."""

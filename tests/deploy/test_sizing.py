@@ -14,8 +14,8 @@ from tests.deploy.objects import environment, quantity, server_pod
 from tools.manifests import K8S, Combination
 
 GIB = 2**30
-FREE_BYTES = {"nvidia-l4": 21.8 * GIB, "nvidia-tesla-a100": 39.0 * GIB}
-"""Assumed of a GPU with 24 and 40 GB beside CUDA's own, and not measured."""
+GPU_BYTES = {"nvidia-l4": 21.8 * GIB, "nvidia-tesla-a100": 39.0 * GIB}
+"""Assumed of a GPU with 24 and 40 GB, and not measured."""
 DEFAULT_SHARE, DEFAULT_BATCHED_TOKENS, ITEM_BYTES = 0.9, 2048, 2
 DISK_BYTES = 1.5
 """Room for the weights on /cache, as a multiple of them."""
@@ -60,9 +60,9 @@ def test_weights_and_cache_fit_and_the_readme_says_how_much(overlay: str) -> Non
     )
     pod = server_pod(combination)
     weights = weight_bytes(gemma, ITEM_BYTES, config.quantization)
-    free = FREE_BYTES[pod.spec["nodeSelector"]["cloud.google.com/gke-accelerator"]]
+    total = GPU_BYTES[pod.spec["nodeSelector"]["cloud.google.com/gke-accelerator"]]
     share = config.gpu_memory_utilization or DEFAULT_SHARE
-    budget = int(share * free) - weights - activation_bytes(gemma, ITEM_BYTES, limits)
+    budget = int(share * total) - weights - activation_bytes(gemma, ITEM_BYTES, limits)
     groups = gemma.kv_groups()
     (blocks,) = size_kv_pools(
         groups, [bytes_per_block(group, config.block_size) for group in groups], budget, limits

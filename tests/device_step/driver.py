@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from server.engine.batch import ScheduledSequence
-from server.engine.device_step.assemble import device_step
+from server.engine.device_step.assemble import StepMaker
 from server.engine.device_step.queue import DeviceQueue
 from server.engine.device_step.step import PendingTokens
 from server.engine.inputs import ModelInputs, build_inputs
@@ -19,10 +17,8 @@ from server.engine.models.config_reader import read_hf
 from server.engine.models.gemma import GemmaModel
 from server.engine.sampling.arrays import sampling_arrays
 from server.engine.sequence import Sequence as EngineSequence
-from tests.device_step.static_backend import StaticBackend, sample
+from tests.device_step.static_backend import Sample, StaticBackend, sample
 from tests.parity.harness import CONFIGS, checkpoint, load_model
-
-Sampler = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 UNKNOWN = 10**6
 """Stands for a token that only the device knows; no vocabulary has it."""
@@ -32,9 +28,11 @@ UNKNOWN = 10**6
 class Driver:
     """At most one step is under way when another is launched. Sequences are computed as the caller says."""
 
-    model: GemmaModel
+    name: str
+    """Of a tiny model."""
     queue: DeviceQueue
-    sample: Sampler = sample
+    sample: Sample = sample
+    device: str = "cpu"
     num_blocks: int = 200
     _pending: tuple[PendingTokens, list[EngineSequence]] | None = None
 
@@ -42,11 +40,13 @@ class Driver:
         limits = self.limits = PoolLimits(
             block_size=4, max_model_len=64, max_num_seqs=9, max_num_batched_tokens=64
         )
+        self.model = static_model(self.name, self.queue, self.sample, self.device)
         groups = self.model.config.kv_groups()
         counts = [self.num_blocks] * len(groups)
         self.kv = KVTensors(self.model.backend, groups, counts, limits.block_size)
         self.manager = KVCacheManager(groups, counts, limits.block_size, False, limits.max_num_batched_tokens)
-        self.step = device_step(self.queue, self.model, self.kv, self.sample, limits)
+        assert isinstance(self.model.backend, StaticBackend)
+        self.step = StepMaker(self.model.backend, (), limits).make(self.model, self.kv)
         self.results: dict[str, list[int]] = {}
 
     def launch(self, plan: Iterable[tuple[EngineSequence, int]]) -> None:
@@ -104,5 +104,5 @@ class Driver:
         return seq.token_ids[seq.num_prompt_tokens :]
 
 
-def static_model(name: str, device: str = "cpu") -> GemmaModel:
-    return load_model(read_hf(CONFIGS[name]), StaticBackend(device), checkpoint(name))
+def static_model(name: str, queue: DeviceQueue, sample: Sample = sample, device: str = "cpu") -> GemmaModel:
+    return load_model(read_hf(CONFIGS[name]), StaticBackend(queue, sample, device), checkpoint(name))

@@ -6,7 +6,7 @@ order of torch's sums and its functions of vectors' ends depend on how many rows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,30 @@ from server.engine.backend.base import AttentionLayer, Rope
 from server.engine.backend.reference import Matrix, ReferenceBackend, _rms_norm, _rotate
 from server.engine.backend.reference_attention import KVCache
 from server.engine.device_step.inputs import DeviceInputs
+from server.engine.device_step.queue import DeviceQueue
 from server.engine.dtype import DType
+
+Sample = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 
 class StaticBackend(ReferenceBackend):
-    def __init__(self, device: str = "cpu") -> None:
+    """Implements `DeviceBackend`, too."""
+
+    def __init__(self, queue: DeviceQueue, sample: Sample, device: str = "cpu") -> None:
         super().__init__(torch.device(device), DType.FLOAT32)
+        self._queue = queue
+        self._sample = sample
+
+    def queue(self) -> DeviceQueue:
+        return self._queue
+
+    def device_sampler(self, vocab_size: int, suppress_token_ids: tuple[int, ...]) -> Sample:
+        def sample(logits: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+            for token_id in suppress_token_ids:
+                logits[:, token_id].fill_(float("-inf"))
+            return self._sample(logits, arrays)
+
+        return sample
 
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
         assert isinstance(weight, Tensor)

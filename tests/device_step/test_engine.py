@@ -12,7 +12,7 @@ import pytest
 
 from server.batching import Scheduler, SchedulerConfig
 from server.engine.core import EngineCore
-from server.engine.device_step.assemble import device_step
+from server.engine.device_step.assemble import StepMaker
 from server.engine.grammar.compiler import GrammarCompiler
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.kv_cache.tensors import KVTensors
@@ -22,7 +22,7 @@ from server.engine.pacing import PrefillPacer
 from server.engine.speculation import NgramSpeculator
 from server.engine.types import FinishReason, GenerateRequest, SequenceOutput, TokenLogprob
 from tests.device_step.driver import static_model
-from tests.device_step.static_backend import sample
+from tests.device_step.static_backend import StaticBackend
 from tests.device_step.thread_queue import ThreadQueue
 from tests.parity.harness import VOCAB, Engine, our_model, prompt, request
 
@@ -59,14 +59,15 @@ class Ahead:
     num_preemptions: int = 0
 
     def __post_init__(self) -> None:
-        model = static_model(self.name)
+        model = static_model(self.name, self.queue)
         limits = PoolLimits(4, 128, self.max_num_seqs, 32)
         groups = model.config.kv_groups()
         counts = [self.num_blocks] * len(groups)
         kv = KVTensors(model.backend, groups, counts, limits.block_size)
-        device = device_step(self.queue, model, kv, sample, limits)
+        assert isinstance(model.backend, StaticBackend)
+        step = StepMaker(model.backend, (), limits).make(model, kv)
         sampler = model.backend.sampler(model.config.vocab_size, ())
-        runner = ModelRunner(model, kv, sampler, limits.max_num_batched_tokens, device)
+        runner = ModelRunner(model, kv, sampler, limits.max_num_batched_tokens, step)
         self.manager = KVCacheManager(groups, counts, limits.block_size, True, limits.max_num_batched_tokens)
         config = SchedulerConfig(self.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len, 16)
         self.scheduler = Scheduler(config, self.manager, NgramSpeculator(0), lambda: 0.0)

@@ -3,40 +3,95 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from server.engine.device_step.queue import DeviceQueue, MemoryReport
+from server.engine.device_step.queue import DeviceQueue
 from server.engine.device_step.step import DeviceModel, DeviceStep
 from server.engine.inputs import ModelInputs, null_inputs
 from server.engine.kv_cache.tensors import KVTensors
-from server.engine.memory import MIB, PoolLimits
+from server.engine.memory import MIB, OutOfMemoryError, PoolLimits
 from server.engine.models.gemma import GemmaModel
 from server.engine.sampling.arrays import SAMPLING_ARRAYS
 
 if TYPE_CHECKING:
-    from server.engine.device_step.backend import DeviceSampler
+    from server.engine.device_step.backend import DeviceBackend
 
 logger = logging.getLogger(__name__)
 
 
-def device_step(
-    queue: DeviceQueue, model: GemmaModel, kv: KVTensors, sample: DeviceSampler, limits: PoolLimits
-) -> DeviceStep:
-    """sample: of the model's back end."""
-    device_model = DeviceModel(
-        forward=model.decoder(kv.by_layer),
-        logits=model.compute_logits,
-        sample=sample,
-        sampling=SAMPLING_ARRAYS,
-        hidden_size=model.config.hidden_size,
-        dtype=model.backend.dtype,
-    )
-    return DeviceStep(queue, device_model, limits, kv.num_groups)
+class StepMaker:
+    """Makes the steps of one model on one device."""
+
+    def __init__(self, backend: DeviceBackend, suppress_token_ids: tuple[int, ...], limits: PoolLimits) -> None:
+        """To be made before the weights are loaded, for the measure of what they take."""
+        self._backend = backend
+        self._suppress_token_ids = suppress_token_ids
+        self._limits = limits
+        self._at_start = backend.queue().memory()
+
+    def make(self, model: GemmaModel, kv: KVTensors) -> DeviceStep:
+        return self._make(self._backend.queue(), model, kv)
+
+    def measure(self, model: GemmaModel) -> MemoryUse:
+        """Runs and records the largest steps to see what they take. Raises OutOfMemoryError.
+
+        The recordings share memory, in which the largest one's tensors leave room for all others'. So the
+        largest is counted in full, and each other one as much as the second largest adds to it.
+        """
+        try:
+            use = self._measure(model)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            raise OutOfMemoryError(
+                f"a step of {self._limits.max_num_batched_tokens} tokens and {self._limits.max_num_seqs} "
+                f"sequences does not fit: lower --max-num-batched-tokens or --max-num-seqs ({error})"
+            ) from error
+        logger.info(
+            "device memory: weights %d MiB, the largest step %d, recorded steps %d, other %d",
+            *(size // MIB for size in (use.weights, use.step, use.recordings, use.other)),
+        )
+        return use
+
+    def _make(self, queue: DeviceQueue, model: GemmaModel, kv: KVTensors) -> DeviceStep:
+        device_model = DeviceModel(
+            forward=model.decoder(kv.by_layer),
+            logits=model.compute_logits,
+            sample=self._backend.device_sampler(model.config.vocab_size, self._suppress_token_ids),
+            sampling=SAMPLING_ARRAYS,
+            hidden_size=model.config.hidden_size,
+            dtype=model.backend.dtype,
+        )
+        return DeviceStep(queue, device_model, self._limits, kv.num_groups)
+
+    def _measure(self, model: GemmaModel) -> MemoryUse:
+        limits, groups = self._limits, model.config.kv_groups()
+        queue = self._backend.queue()  # of its own: its recordings end with it
+        kv = KVTensors(model.backend, groups, [1] * len(groups), limits.block_size)
+        before = queue.memory()
+        step = self._make(queue, model, kv)
+        step.run_in_null_block(_largest(limits, len(groups)))
+        after_largest = queue.memory()
+        free = [after_largest.free]
+        for size in step.decode_sizes[:-3:-1]:
+            lengths = np.full(size, limits.max_model_len, dtype=np.int32)
+            step.run_in_null_block(null_inputs(np.ones_like(lengths), lengths, len(groups), limits.block_size))
+            free.append(queue.memory().free)
+        taken = [max(0, earlier - later) for earlier, later in pairwise(free)]
+        num_others = 2 * len(step.decode_sizes) - 1  # a size is recorded with and without sampling
+        del step
+        end = queue.memory()
+        start = self._at_start
+        return MemoryUse(
+            weights=before.allocated - start.allocated,
+            step=after_largest.peak - before.allocated,
+            recordings=taken[0] + sum(taken[1:]) * num_others,
+            other=max(0, start.free - end.free - (end.allocated - start.allocated)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,46 +109,6 @@ class MemoryUse:
     @property
     def total(self) -> int:
         return self.weights + self.step + self.recordings + self.other
-
-
-def measure_use(
-    queue: DeviceQueue,
-    make_step: Callable[[], DeviceStep],
-    limits: PoolLimits,
-    num_groups: int,
-    start: MemoryReport,
-) -> MemoryUse:
-    """Runs and records the largest steps, with the weights in place, to see what they take.
-
-    make_step: makes one that needs no block but the null one. start: from before the weights were loaded.
-
-    The recordings share memory, in which the largest one's tensors leave room for all others'. So the largest
-    is counted in full, and each other one as much as the second largest adds to it.
-    """
-    before = queue.memory()
-    step = make_step()
-    step.run_in_null_block(_largest(limits, num_groups))
-    after_largest = queue.memory()
-    free = [after_largest.free]
-    for size in step.decode_sizes[:-3:-1]:
-        lengths = np.full(size, limits.max_model_len, dtype=np.int32)
-        step.run_in_null_block(null_inputs(np.ones_like(lengths), lengths, num_groups, limits.block_size))
-        free.append(queue.memory().free)
-    taken = [max(0, earlier - later) for earlier, later in pairwise(free)]
-    num_others = 2 * len(step.decode_sizes) - 1  # a size is recorded with and without sampling
-    del step
-    end = queue.memory()
-    use = MemoryUse(
-        weights=before.allocated - start.allocated,
-        step=after_largest.peak - before.allocated,
-        recordings=taken[0] + sum(taken[1:]) * num_others,
-        other=max(0, start.free - end.free - (end.allocated - start.allocated)),
-    )
-    logger.info(
-        "device memory: %d MiB in all, weights %d, the largest step %d, recorded steps %d, other %d",
-        *(size // MIB for size in (end.total, use.weights, use.step, use.recordings, use.other)),
-    )
-    return use
 
 
 def _largest(limits: PoolLimits, num_groups: int) -> ModelInputs:

@@ -33,7 +33,7 @@ from server.engine.device_step.inputs import DeviceInputs, StepArrays
 from server.engine.device_step.layout import StepLayout, StepShape
 from server.engine.device_step.queue import DeviceQueue, Mark
 from server.engine.dtype import DType
-from server.engine.inputs import Int32Array, ModelInputs
+from server.engine.inputs import Int32Array, ModelInputs, null_inputs
 from server.engine.memory import PoolLimits
 
 
@@ -125,6 +125,11 @@ class DeviceStep:
         decodes.enqueue(self._queue)
         decodes.record(self._queue)
         return self._queue.result(lambda: self._hidden[: shape.num_seqs])
+
+    def warm_up(self) -> None:
+        """Records the largest step of decodes: the memory of that one serves the smaller ones, too."""
+        ones = np.ones(self.decode_sizes[-1], dtype=np.int32)
+        self.run_in_null_block(null_inputs(ones, ones, self._num_groups, self._limits.block_size))
 
     def run_in_null_block(self, inputs: ModelInputs) -> None:
         """Runs a step of `null_inputs` with greedy rows to its end."""

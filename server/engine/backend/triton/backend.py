@@ -20,6 +20,7 @@ from server.engine.backend.reference_attention import KV_FP8, KVCache, kv_bytes
 from server.engine.backend.triton import pointwise
 from server.engine.backend.triton.attention import PagedAttention
 from server.engine.backend.triton.rotary import apply_rotary
+from server.engine.device_step.cuda import CudaQueue
 from server.engine.device_step.inputs import DeviceGroup, DeviceInputs
 from server.engine.dtype import DType
 from server.engine.inputs import ModelInputs
@@ -71,6 +72,9 @@ class TritonBackend:
             return forward(self._on_device(inputs)).index_select(0, rows)
 
         return run
+
+    def queue(self) -> CudaQueue:
+        return CudaQueue(self._device)
 
     def sampler(self, vocab_size: int, suppress_token_ids: tuple[int, ...]) -> Sampler:
         return Sampler(vocab_size, suppress_token_ids, self._device)
