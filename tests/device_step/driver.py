@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from server.engine.batch import ScheduledSequence
 from server.engine.device_step.assemble import StepMaker
+from server.engine.device_step.backend import DeviceBackend
 from server.engine.device_step.queue import DeviceQueue
 from server.engine.device_step.step import PendingTokens
 from server.engine.inputs import ModelInputs, build_inputs
@@ -28,11 +29,8 @@ UNKNOWN = 10**6
 class Driver:
     """At most one step is under way when another is launched. Sequences are computed as the caller says."""
 
-    name: str
-    """Of a tiny model."""
-    queue: DeviceQueue
-    sample: Sample = sample
-    device: str = "cpu"
+    model: GemmaModel
+    """Of a `DeviceBackend`."""
     num_blocks: int = 200
     _pending: tuple[PendingTokens, list[EngineSequence]] | None = None
 
@@ -40,12 +38,11 @@ class Driver:
         limits = self.limits = PoolLimits(
             block_size=4, max_model_len=64, max_num_seqs=9, max_num_batched_tokens=64
         )
-        self.model = static_model(self.name, self.queue, self.sample, self.device)
         groups = self.model.config.kv_groups()
         counts = [self.num_blocks] * len(groups)
         self.kv = KVTensors(self.model.backend, groups, counts, limits.block_size)
         self.manager = KVCacheManager(groups, counts, limits.block_size, False, limits.max_num_batched_tokens)
-        assert isinstance(self.model.backend, StaticBackend)
+        assert isinstance(self.model.backend, DeviceBackend)
         self.step = StepMaker(self.model.backend, (), limits).make(self.model, self.kv)
         self.results: dict[str, list[int]] = {}
 

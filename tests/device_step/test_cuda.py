@@ -7,7 +7,7 @@ import torch
 
 from server.engine.device_step.cuda import CudaQueue
 from server.engine.sequence import Sequence
-from tests.device_step.driver import Driver
+from tests.device_step.driver import Driver, static_model
 from tests.parity.harness import Engine, our_model, prompt, request
 
 pytestmark = [
@@ -18,7 +18,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
 def test_graphs_give_what_each_sequence_gives_alone_on_a_cpu(name: str) -> None:
-    driver = Driver(name, CudaQueue(torch.device("cuda")), device="cuda")
+    driver = Driver(static_model(name, CudaQueue(torch.device("cuda")), device="cuda"))
     wanted = [
         request(prompt(length, seed=length), request_id=f"r{length}", temperature=length % 2, seed=length)
         for length in (9, 3, 5, 1, 12)

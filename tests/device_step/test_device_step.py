@@ -14,7 +14,7 @@ from server.engine.device_step.step import decode_sizes
 from server.engine.sampling.arrays import sampling_arrays
 from server.engine.sequence import Sequence
 from server.engine.types import GenerateRequest
-from tests.device_step.driver import Driver
+from tests.device_step.driver import Driver, static_model
 from tests.device_step.static_backend import sample
 from tests.device_step.thread_queue import ThreadQueue
 from tests.parity.harness import VOCAB, Engine, our_model, prompt, request
@@ -62,7 +62,7 @@ def prefill(driver: Driver, seqs: list[Sequence]) -> None:
 def test_decodes_around_the_edges_of_the_sizes_give_what_each_sequence_gives_alone(
     queue: ThreadQueue, name: str, count: int
 ) -> None:
-    driver = Driver(name, queue)
+    driver = Driver(static_model(name, queue))
     wanted = requests(count, max_tokens=10, seed=count)
     seqs = [Sequence.from_request(one) for one in wanted]
     prefill(driver, seqs)
@@ -75,7 +75,7 @@ def test_decodes_around_the_edges_of_the_sizes_give_what_each_sequence_gives_alo
 
 
 def test_a_step_takes_one_copy(queue: ThreadQueue) -> None:
-    driver = Driver("gemma2", queue)
+    driver = Driver(static_model("gemma2", queue))
     seqs = [Sequence.from_request(one) for one in requests(3, max_tokens=4)]
     prefill(driver, seqs)
     for _ in range(3):
@@ -90,7 +90,7 @@ def test_any_course_of_steps_gives_what_each_sequence_gives_alone(
 ) -> None:
     """Sequences join and leave, in prompts of several chunks beside decodes, in an order that changes."""
     rng = random.Random(seed)
-    driver = Driver(name, queue)
+    driver = Driver(static_model(name, queue))
     wanted = requests(14, max_tokens=16, seed=100 * seed)
     waiting = [Sequence.from_request(one) for one in wanted]
     running: list[Sequence] = []
@@ -126,7 +126,7 @@ def test_a_row_has_the_same_logits_to_the_last_bit_in_any_company_and_size(
     one = request(prompt(5), request_id="one")
     generated = []
     for company in (0, 2, 8):
-        driver = Driver(name, queue, fingerprint)
+        driver = Driver(static_model(name, queue, fingerprint))
         seq = Sequence.from_request(one)
         others = [Sequence.from_request(other) for other in requests(company, max_tokens=9, seed=company)]
         prefill(driver, [*others, seq])
@@ -138,7 +138,7 @@ def test_a_row_has_the_same_logits_to_the_last_bit_in_any_company_and_size(
 
 
 def test_steps_whose_tokens_the_host_chooses_come_in_between(queue: ThreadQueue) -> None:
-    driver = Driver("gemma3", queue)
+    driver = Driver(static_model("gemma3", queue))
     wanted = [request(prompt(length, seed=length), request_id=f"r{length}") for length in (9, 3, 5)]
     seqs = [Sequence.from_request(one) for one in wanted]
     driver.compute([(seq, seq.num_tokens) for seq in seqs])
@@ -154,7 +154,7 @@ def test_a_row_that_cannot_be_sampled_does_not_hurt_the_step_behind_it(queue: Th
         logits[0].fill_(torch.nan)
         return sample(logits, arrays)
 
-    driver = Driver("gemma1", queue, fail_first)
+    driver = Driver(static_model("gemma1", queue, fail_first))
     wanted = [request(prompt(4, seed=seed), request_id=f"r{seed}") for seed in range(2)]
     seqs = [Sequence.from_request(one) for one in wanted]
     prefill(driver, seqs)
@@ -166,7 +166,7 @@ def test_a_row_that_cannot_be_sampled_does_not_hurt_the_step_behind_it(queue: Th
 
 def test_chunks_that_sample_nothing_may_be_launched_without_waiting_for_any() -> None:
     queue = ThreadQueue(max_delay=0.03)
-    driver = Driver("gemma1", queue)
+    driver = Driver(static_model("gemma1", queue))
     one = request(prompt(30), request_id="r", max_tokens=4)
     seq = Sequence.from_request(one)
     for _ in range(6):

@@ -9,8 +9,10 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +45,7 @@ _WAIT_FOR_DEVICE = {
 }
 _READ_HOST = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}
 _FROM_HOST = {"tensor", "as_tensor", "from_numpy", "frombuffer"}
+_INTERPRETER = os.path.join("triton", "runtime", "interpreter.py")
 
 
 class RecordingError(RuntimeError):
@@ -175,6 +178,8 @@ class _HostIsOutOfReach(TorchFunctionMode):
         to_host = name == "to" and any(
             isinstance(arg, torch.device | str) for arg in tree_leaves((args, kwargs))
         )
+        if _is_in_kernel():
+            return func(*args, **(kwargs or {}))
         if name in _READ_HOST or to_host:
             raise RecordingError(f"{name} waits for the device")
         if name in _FROM_HOST:
@@ -213,6 +218,8 @@ class _Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_in_kernel():
+            return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         if name in _WAIT_FOR_DEVICE or f"{name}.{func._overloadname}" in _WAIT_FOR_DEVICE:
             raise RecordingError(f"{name} waits for the device")
@@ -262,6 +269,16 @@ class _Trace(TorchDispatchMode):
             for tensor in self._made.values():
                 _poison(_whole(tensor))
         self._made.clear()
+
+
+def _is_in_kernel() -> bool:
+    """Whether Triton's interpreter asks, which stands for a device: what it does itself is not recorded."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(_INTERPRETER):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _address(tensor: Tensor) -> int:
