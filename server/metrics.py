@@ -9,7 +9,7 @@ Laws:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 
 import prometheus_client
@@ -103,7 +103,7 @@ class Metrics:
             raise RuntimeError("no model is set")
         return self._requests
 
-    def set_model(self, model: ServedModel, load_seconds: float) -> None:
+    def set_model(self, model: ServedModel, load_seconds: float, stage_seconds: Mapping[str, float]) -> None:
         """Called once, when the model is loaded; `load_seconds` since the server's start."""
         info, name, registry = model.info, model.names[0], self.registry
         self._engine = EngineMetrics(registry, name)
@@ -114,6 +114,14 @@ class Metrics:
             "Seconds from the server's start to the loaded model.",
             registry=registry,
         ).set(load_seconds)
+        stages = Gauge(
+            "gemma_startup_seconds",
+            "Seconds of each stage of the start; files and tokenizer are read beside the engine's import.",
+            ("stage",),
+            registry=registry,
+        )
+        for stage, seconds in stage_seconds.items():
+            stages.labels(stage).set(seconds)
         Gauge(
             "gemma_build_info",
             "Always 1; the labels tell.",

@@ -25,6 +25,7 @@ from server.engine.models.config import GemmaConfig
 from server.engine.models.config_reader import read_gguf
 from server.engine.models.gguf import read_metadata
 from server.engine.models.safetensors_dir import read_config
+from server.engine.stages import StageTimes
 from server.engine.types import EngineConfig, EngineInfo, Loading, StepStats
 from server.frontend.client import EngineClient, EngineDeadError, EngineLoss
 from server.frontend.grammar_check import GrammarChecker
@@ -39,7 +40,8 @@ from server.tokenizer import START_RESPONSE, Tokenizer
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
-_Model = tuple[ModelFiles, Tokenizer, GemmaConfig]
+_Model = tuple[ModelFiles, Tokenizer, GemmaConfig, dict[str, float]]
+"""With the seconds that each stage of finding and reading it took."""
 
 
 class Phase(enum.StrEnum):
@@ -108,7 +110,7 @@ class Runtime:
         started = time.monotonic()
         try:
             assert self._reading is not None
-            files, tokenizer, model_config = await asyncio.wrap_future(self._reading)
+            files, tokenizer, model_config, read_seconds = await asyncio.wrap_future(self._reading)
             info = await self.client.start(self._engine_config(files, tokenizer, model_config))
         except (ModelSourceError, EngineDeadError, ValueError, OSError) as error:
             self._fail(str(error), os.EX_CONFIG)
@@ -134,7 +136,8 @@ class Runtime:
         gc.freeze()
         self._enter(Phase.READY if self._lost_at is None else Phase.RESTARTING, Phase.STARTING)
         seconds = time.monotonic() - started
-        self.metrics.set_model(self.model, seconds)
+        stage_seconds = read_seconds | info.start_seconds
+        self.metrics.set_model(self.model, seconds, stage_seconds)
         logger.info(
             "serving %s on %s in %s%s (%s back end) after %.1f s: %d tokens of context, %d MiB of weights, "
             "%d MiB of KV cache",
@@ -148,9 +151,12 @@ class Runtime:
             info.weight_bytes >> 20,
             info.kv_cache_bytes >> 20,
         )
+        stages = ", ".join(f"{stage} {taken:.1f}" for stage, taken in stage_seconds.items())
+        logger.info("seconds of the start, the first two beside the others: %s", stages)
 
     def _find_and_read(self) -> _Model:
         """Raises ModelSourceError, ValueError, for files that are not what they should be, and OSError."""
+        stages = StageTimes("model files")
         files = resolve(
             self.config.model,
             revision=self.config.revision,
@@ -158,7 +164,9 @@ class Runtime:
             progress=self._on_download,
         )
         self._on_loading(Loading("tokenizer", 0.0))
-        return (files, *_read_model(files))
+        stages.enter("tokenizer")
+        tokenizer, model_config = _read_model(files)
+        return files, tokenizer, model_config, stages.seconds()
 
     def _tokenizer_and_size(self) -> tuple[Tokenizer, int]:
         """Only a loaded model gets grammars."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from server.batching import Scheduler, SchedulerConfig
 from server.engine.backend.base import AnyBackend
 from server.engine.backend.choose import choose_backend
@@ -34,6 +36,7 @@ from server.engine.models.gemma import GemmaModel
 from server.engine.models.weights import open_weights
 from server.engine.pacing import PrefillPacer
 from server.engine.speculation import NgramSpeculator
+from server.engine.stages import StageTimes
 from server.engine.types import EngineConfig, EngineInfo
 
 if TYPE_CHECKING:
@@ -76,8 +79,15 @@ def build_engine(
 
     wake: called in another thread when the core has work that no message brought.
     """
+    stages = StageTimes("device")
+
+    def enter(stage: str, fraction: float) -> None:
+        stages.enter(stage)
+        progress(stage, fraction)
+
     try:
-        return _build(config, progress, wake)
+        core, info = _build(config, enter, wake)
+        return core, msgspec.structs.replace(info, start_seconds=stages.seconds())
     except ValueError as error:
         # The refusals of all the parts are ValueErrors with a message for people.
         raise StartError(str(error)) from error
@@ -171,6 +181,7 @@ def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -
         num_blocks={group.name: count for group, count in zip(groups, num_blocks, strict=True)},
         kv_cache_bytes=kv.num_bytes,
         weight_bytes=weights_size,
+        start_seconds={},
     )
     pacer = PrefillPacer(config.prefill_stretch, limits.max_num_batched_tokens)
     return EngineCore(scheduler, pacer, runner, GrammarCompiler(wake), runs_ahead=runs_ahead), info

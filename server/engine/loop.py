@@ -20,10 +20,13 @@ import sys
 import threading
 from collections.abc import Callable
 
+import msgspec
+
 from server import logs
 from server.engine import transport
 from server.engine.core import EngineCore
 from server.engine.pulse import Pulse
+from server.engine.stages import StageTimes
 from server.engine.types import (
     Abort,
     Began,
@@ -55,8 +58,10 @@ def serve(inbox: Inbox, send: Callable[[FromEngine], None], pulse: Pulse) -> int
     An exception means that the engine's state can no longer be trusted; the caller lets the process die.
     """
     # The model's code takes a while to import; the caller's threads run meanwhile.
+    imports = StageTimes("import")
     from server.engine.build import StartError, build_engine
 
+    import_seconds = imports.seconds()
     start = inbox.get()
     if not isinstance(start, Start):
         return 0
@@ -73,7 +78,7 @@ def serve(inbox: Inbox, send: Callable[[FromEngine], None], pulse: Pulse) -> int
     gc.collect()
     gc.freeze()
     core.on_begun = lambda request_ids: send(Began(request_ids))
-    send(Ready(info))
+    send(Ready(msgspec.structs.replace(info, start_seconds=import_seconds | info.start_seconds)))
     _run(core, inbox, send, pulse)
     return 0
 

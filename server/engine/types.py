@@ -161,6 +161,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Usable blocks in the KV pool of each attention type, by name ("full", "sliding")."""
     kv_cache_bytes: int
     weight_bytes: int
+    start_seconds: dict[str, float]
+    """By stage of the engine's start, in order: import, device, weights, kv cache, warm-up."""
 
 
 # --- front -> engine ---------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ class ScriptedRuntime(Runtime):
             stop_token_ids=end_token_ids(tokenizer),
         )
         self.phase = Phase.READY
-        self.metrics.set_model(self.model, 1.5)
+        self.metrics.set_model(self.model, 1.5, self.model.info.start_seconds)
 
 
 def make_info(max_model_len: int = MAX_MODEL_LEN, vocab_size: int = VOCAB_SIZE) -> EngineInfo:
@@ -251,6 +251,7 @@ def make_info(max_model_len: int = MAX_MODEL_LEN, vocab_size: int = VOCAB_SIZE) 
         num_blocks={"full": 40, "sliding": 20},
         kv_cache_bytes=1,
         weight_bytes=1,
+        start_seconds={"weights": 0.5},
     )
 
 

@@ -296,8 +296,8 @@ vllm:e2e_request_latency_seconds vllm:request_queue_time_seconds vllm:request_in
 vllm:request_prefill_time_seconds vllm:request_decode_time_seconds vllm:request_prompt_tokens
 vllm:request_generation_tokens vllm:request_params_max_tokens vllm:iteration_tokens_total
 gemma_http_requests_total gemma_requests_rejected_total gemma_requests_aborted_total gemma_model_loaded
-gemma_model_load_seconds gemma_engine_step_seconds gemma_client_disconnects_total gemma_sse_open_streams
-gemma_build_info process_start_time_seconds process_resident_memory_bytes process_open_fds
+gemma_model_load_seconds gemma_startup_seconds gemma_engine_step_seconds gemma_client_disconnects_total
+gemma_sse_open_streams gemma_build_info process_start_time_seconds process_resident_memory_bytes process_open_fds
 """
 """What dashboards, autoscalers, gateways and alerts ask for."""
 
@@ -313,5 +313,6 @@ def test_build_and_load_are_told(server: LiveServer) -> None:
     assert 'gemma_build_info{device="cpu",dtype="float32",quantization="none",torch="' in text
     assert server.metric("gemma_model_loaded") == 1
     assert server.metric("gemma_model_load_seconds") == 1.5
+    assert 'gemma_startup_seconds{stage="weights"} 0.5' in text
     assert server.metric("process_start_time_seconds") > 0
     assert "_created" not in text

@@ -94,6 +94,7 @@ def build_engine(
         num_blocks={"full": 1000},
         kv_cache_bytes=1,
         weight_bytes=1,
+        start_seconds={"weights": 0.5},
     )
     return EngineCore(engine.scheduler, PrefillPacer(100.0, 64), runner, GrammarCompiler(wake)), info
 

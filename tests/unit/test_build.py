@@ -64,6 +64,8 @@ def test_an_engine_says_what_it_is_and_generates(model_path: str) -> None:
     )
     assert [stage for stage, fraction in stages if fraction == 0.0] == ["weights", "kv cache", "warm-up"]
     assert ("weights", 1.0) in stages
+    assert list(info.start_seconds) == ["device", "weights", "kv cache", "warm-up"]
+    assert all(seconds >= 0.0 for seconds in info.start_seconds.values())
 
     params = SamplingParams(max_tokens=5, seed=0, temperature=0.0)
     core.add(GenerateRequest(request_id="r", prompt_token_ids=[2, 3, 4], params=params))
