@@ -25,7 +25,7 @@ MAX_LINES = 400
 DOCKER_OPTIONS = {"--build", "--build-arg", "--gpus", "--profile", "--read-only", "--rm", "--tmpfs"}
 
 MAY_IMPORT_TORCH = re.compile(
-    r"server\.engine\.(device|memory|models\.(loader|gguf_dequant|safetensors_dir)"
+    r"server\.engine\.(device|memory|models\.(loader|gguf_dequant|safetensors_dir|staged_copy)"
     r"|backend\.\w+(\.\w+)?|device_step\.(cuda|inputs|step)|sampling\.(sampler|logprobs|penalties|blocks))"
 )
 

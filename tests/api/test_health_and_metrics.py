@@ -297,7 +297,8 @@ vllm:request_prefill_time_seconds vllm:request_decode_time_seconds vllm:request_
 vllm:request_generation_tokens vllm:request_params_max_tokens vllm:iteration_tokens_total
 gemma_http_requests_total gemma_requests_rejected_total gemma_requests_aborted_total gemma_model_loaded
 gemma_model_load_seconds gemma_startup_seconds gemma_engine_step_seconds gemma_client_disconnects_total
-gemma_sse_open_streams gemma_build_info process_start_time_seconds process_resident_memory_bytes process_open_fds
+gemma_sse_open_streams gemma_build_info process_start_time_seconds process_resident_memory_bytes
+process_open_fds
 """
 """What dashboards, autoscalers, gateways and alerts ask for."""
 

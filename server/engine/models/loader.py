@@ -26,6 +26,7 @@ from server.engine.models.gguf import GGUFFile, GGUFTensor
 from server.engine.models.gguf_dequant import read_tensor
 from server.engine.models.gguf_names import checkpoint_name
 from server.engine.models.safetensors_dir import LoadError, StoredTensor
+from server.engine.models.staged_copy import to_gpu
 
 __all__ = ["Checkpoint", "LoadError", "open_checkpoint"]
 
@@ -70,7 +71,12 @@ def _open_directory(directory: Path) -> Checkpoint:
 def _directory_tensors(
     stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in safetensors_dir.read_tensors(stored):
+    mapped = safetensors_dir.read_tensors(stored)
+    if device.type == "cuda":
+        for name, tensor in to_gpu(mapped, device):
+            yield name, tensor.to(torch.float32 if _is_norm(name) else dtype)
+        return
+    for name, tensor in mapped:
         # A copy even if nothing changes: the tensor is a view of the mapped file.
         yield name, tensor.to(device=device, dtype=torch.float32 if _is_norm(name) else dtype, copy=True)
 
