@@ -68,7 +68,7 @@ def test_embeddings_of_a_7b_in_bf16_are_bit_for_bit_those_of_transformers() -> N
     """sqrt(3072) is 55.43, which bf16 holds as 55.5."""
     theirs: Any = copy.deepcopy(hf_model("gemma1-wide-as-7b")).to(torch.bfloat16).model.embed_tokens
     token_ids = torch.arange(20)
-    step = ReferenceStep(ModelInputs(*(token_ids.numpy(),) * 3, attention=()), CPU)
+    step = ReferenceStep(ModelInputs(*(token_ids.numpy(),) * 4, attention=()), CPU)
     backend = ReferenceBackend(CPU, DType.BFLOAT16)
     ours = backend.embed(theirs.weight, DType.BFLOAT16.round(3072**0.5), step)
     assert torch.equal(ours, theirs(token_ids))

@@ -89,7 +89,7 @@ class Native:
         return self.run(lambda _, x: (self.backend.geglu(x),), gate_up)[0]
 
     def embed(self, table: Any, token_ids: Tensor, scale: float) -> Tensor:
-        inputs = ModelInputs(token_ids.numpy(), token_ids.numpy(), token_ids.numpy(), ())
+        inputs = ModelInputs(*(token_ids.numpy(),) * 4, attention=())
         return self.run(lambda step: (self.backend.embed(table, scale, step),), inputs=inputs)[0]
 
     def attention(self, qkv: Tensor, layer: Any, cache: Any, inputs: ModelInputs) -> Tensor:
@@ -119,7 +119,7 @@ class Native:
             )
         if inputs is None:
             positions = np.zeros(rows, dtype=np.int64)
-            inputs = ModelInputs(positions, positions, positions, ())
+            inputs = ModelInputs(*(positions,) * 4, attention=())
         program.run(self.backend._library, self.backend._engine, inputs)
         return tuple(
             torch.from_numpy(program.rows(result).view(f"i{self._storage.itemsize}").copy()).view(self.dtype)

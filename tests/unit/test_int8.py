@@ -180,6 +180,6 @@ def test_embedding_rows_equal_the_references(level: str, dtype: torch.dtype, wid
     table, ids = normal(50, width, dtype=dtype), torch.tensor([0, 49, 17, 16, 15, 15])
     backend, other = native(dtype, level), reference(dtype)
     ours = backend.embed(backend.backend.prepare_embedding(table), ids, 25.25)
-    step = ReferenceStep(ModelInputs(ids.numpy(), ids.numpy(), ids.numpy(), ()), CPU)
+    step = ReferenceStep(ModelInputs(*(ids.numpy(),) * 4, attention=()), CPU)
     assert torch.equal(ours, other.embed(other.prepare_embedding(table), 25.25, step))
     assert not torch.equal(ours, table[ids] * 25.25)

@@ -75,7 +75,11 @@ class Attention:
             )
             positions = np.concatenate([np.arange(computed[i], computed[i] + counts[i]) for i in active])
             inputs = ModelInputs(
-                np.zeros(len(positions), dtype=np.int64), positions, np.zeros(0, dtype=np.int64), (metadata,)
+                token_ids=np.zeros(len(positions), dtype=np.int64),
+                previous_rows=np.full(len(positions), -1, dtype=np.int32),
+                positions=positions,
+                output_rows=np.zeros(0, dtype=np.int64),
+                attention=(metadata,),
             )
             rows = torch.cat([qkv[i][computed[i] : computed[i] + counts[i]] for i in active])
             out = self.native.attention(rows, self.layer, cache, inputs)

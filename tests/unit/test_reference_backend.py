@@ -84,7 +84,7 @@ def test_the_embedding_scale_is_rounded_to_bf16(hidden_size: int, expected: floa
 
 def test_embeddings_equal_the_rows_times_the_rounded_scale() -> None:
     table = normal(5, 3072).bfloat16()
-    step = ReferenceStep(ModelInputs(*(np.array([4, 0]),) * 3, attention=()), CPU)
+    step = ReferenceStep(ModelInputs(*(np.array([4, 0]),) * 4, attention=()), CPU)
     ours = BF16.embed(BF16.prepare_embedding(table), DType.BFLOAT16.round(3072**0.5), step)
     assert torch.equal(ours, table[[4, 0]] * torch.tensor(55.5, dtype=torch.bfloat16))
 
