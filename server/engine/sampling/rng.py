@@ -49,5 +49,5 @@ def _splitmix64_of(state: NDArray[np.uint64], index: NDArray[np.uint64]) -> NDAr
     z = state + (index + np.uint64(1)) * np.uint64(_GAMMA)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return z
+    number: NDArray[np.uint64] = z ^ (z >> np.uint64(31))
+    return number
