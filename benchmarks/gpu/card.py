@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -46,20 +47,15 @@ def measure_card(device: str, *, is_tiny: bool) -> dict[str, Any]:
     sizes = _TINY if is_tiny else _FULL
     source = torch.randn(sizes.num_bytes // 4, device=device)
     target = torch.empty_like(source)
-    copy = _seconds(lambda: target.copy_(source), device, sizes.seconds)
-    del target
+    copy = _seconds(partial(target.copy_, source), device, sizes.seconds)
     # Of the operations that read and hardly write, a maximum is known to be bound by memory.
-    read = _seconds(lambda: source.amax(), device, sizes.seconds)
-    del source
+    read = _seconds(source.amax, device, sizes.seconds)
     products = {}
     for m, n, k in sizes.products:
         left = torch.randn(m, k, device=device, dtype=torch.bfloat16)
         right = torch.randn(n, k, device=device, dtype=torch.bfloat16)
         out = torch.empty(m, n, device=device, dtype=torch.bfloat16)
-
-        def product(left: Any = left, right: Any = right, out: Any = out) -> object:
-            return torch.mm(left, right.t(), out=out)
-
+        product = partial(torch.mm, left, right.t(), out=out)
         products[f"{m}x{n}x{k}"] = 2 * m * n * k / _seconds(product, device, sizes.seconds)
     return {
         **_names(device),

@@ -53,7 +53,7 @@ class ModelCosts:
         return total
 
     def decode_bytes(self, contexts: Sequence[int]) -> float:
-        """A step of one token for each sequence, of so many tokens with that one: weights, KV read, KV written."""
+        """A step of a token for each sequence, of so many tokens with it: weights, KV read, KV written."""
         return self.weight_bytes + self.kv_bytes_per_token * (sum(self._read(contexts)) + len(contexts))
 
     def decode_flops(self, contexts: Sequence[int]) -> int:

@@ -69,10 +69,8 @@ class Driver:
         for _ in range(3):  # the first step of a size is the one that is recorded
             self._step(lengths)
         contexts = [length + num_steps // 2 for length in lengths.values()]
-        stats: list[StepStats] = []
         started = time.perf_counter()
-        for _ in range(num_steps):
-            stats.append(self._step(lengths))
+        stats = [self._step(lengths) for _ in range(num_steps)]
         seconds = (time.perf_counter() - started) / num_steps
         if any(one.num_decode_tokens != batch for one in stats):
             raise RuntimeError(f"a step of {batch} decodes had others: is the KV cache too small?")
@@ -133,8 +131,9 @@ def measure(model: Path, options: dict[str, Any], plan: Plan, device: str, deadl
         weight_cache=False,
         **options,
     )
+    started = time.perf_counter()
     try:
-        core, info = build_engine(config, lambda stage, _: print(f"  {stage}", file=sys.stderr, flush=True))
+        core, info = build_engine(config, lambda *_: None)
     except StartError as error:
         yield {"kind": "refused", "reason": str(error)}
         return
@@ -147,7 +146,7 @@ def measure(model: Path, options: dict[str, Any], plan: Plan, device: str, deadl
         "weight_bytes": info.weight_bytes,
         "kv_bytes_per_token": info.kv_cache_bytes / tokens_held,
         "kv_capacity_tokens": tokens_held - info.block_size,
-        "start_seconds": info.start_seconds,
+        "start_seconds": time.perf_counter() - started,
     }
     driver = Driver(core, info)
     for chunk in plan.chunks:
