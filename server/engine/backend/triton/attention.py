@@ -50,7 +50,11 @@ def _find_sequence(query_start, q_block, num_seqs, BLOCK_Q: tl.constexpr):
     return low - 1
 
 
-@triton.jit
+@triton.jit(
+    # A kernel for each divisor and alignment of these would be compiled while requests wait.
+    do_not_specialize=["table_row_stride", "table_column_stride", "num_seqs"],
+    do_not_specialize_on_alignment=["query_start", "seq_lens", "block_table"],
+)
 def attend(
     q,
     keys,
@@ -177,7 +181,7 @@ def attend(
         tl.store(out + head_rows[:, None] * HEAD_DIM + dims[None, :], attended, mask=exists[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["seq_lens"])
 def add_segments(
     partial_out,
     partial_max,

@@ -58,7 +58,7 @@ def geglu_rows(gate_up, out, width, BLOCK: tl.constexpr):
     tl.store(out + row * width + column, result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["token_ids"])
 def embed_rows(table, token_ids, out, width, scale, BLOCK: tl.constexpr):
     """A row for each program. table: [vocabulary, width], token_ids: int32 [T], out: [T, width]."""
     row = tl.program_id(0)

@@ -29,7 +29,10 @@ def _quantize(x, QUANTIZED: tl.constexpr):
     return x / scale, scale
 
 
-@triton.jit
+@triton.jit(
+    # Kernels for each alignment of these would be compiled while requests wait.
+    do_not_specialize_on_alignment=["positions", "slot_mapping"],
+)
 def rotate_and_store(
     qkv,
     q_out,
