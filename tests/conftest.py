@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+from server.engine.device import has_gpu_driver
+
+if not has_gpu_driver():
+    # Triton reads it when it is first imported, which other tests may do before those of its kernels.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ def resolve_device(name: str) -> str:
     """auto: cuda where there is one, else cpu. Raises DeviceError."""
     if name not in ("auto", "cpu", "cuda"):
         raise DeviceError(f"--device {name}: supported are auto, cpu and cuda")
-    if name == "cpu" or (name == "auto" and not _has_gpu_driver()):
+    if name == "cpu" or (name == "auto" and not has_gpu_driver()):
         return "cpu"
     import torch
 
@@ -33,7 +33,7 @@ def resolve_device(name: str) -> str:
     raise DeviceError(f"--device cuda: this PyTorch ({torch.__version__}) {build}")
 
 
-def _has_gpu_driver() -> bool:
+def has_gpu_driver() -> bool:
     """Whether it is worth asking PyTorch, whose import takes seconds."""
     return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"))
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Triton reads it when a kernel is defined, so before any module with kernels is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 try:
     import triton  # noqa: F401
@@ -23,6 +19,8 @@ else:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if Path(__file__).parent not in item.path.parents:
+            continue
         # A GPU's exp returns infinity without a word; numpy's, on which the interpreter runs, warns.
         item.add_marker(pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero)"))
 

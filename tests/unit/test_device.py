@@ -45,7 +45,7 @@ def test_unknown_dtype_and_device_are_refused_by_name() -> None:
 
 
 def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.device._has_gpu_driver", lambda: True)
+    monkeypatch.setattr("server.engine.device.has_gpu_driver", lambda: True)
     for available, expected in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert resolve_device("auto") == expected
