@@ -18,14 +18,13 @@ any mix of single tokens and prompt chunks. Laws:
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from server.engine.batch import ScheduledBatch, ScheduledSequence
 from server.engine.kv_cache.manager import KVCacheManager
-from server.engine.outcome import append_sampled, ends_with_next, error_of, output_of
+from server.engine.outcome import append_sampled, error_of, output_of
 from server.engine.precedence import Precedence
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence, SequenceStatus
@@ -113,6 +112,7 @@ class Scheduler:
             )
         if seq.request_id in self._sequences:
             raise ValueError(f"request id {seq.request_id!r} is in use")
+        seq.token_limit = min(seq.num_prompt_tokens + seq.params.max_tokens, limit)
         self._sequences[seq.request_id] = seq
         self._precedence.enter(seq)
         self._precedence.insert(seq, self._waiting)
@@ -164,8 +164,9 @@ class Scheduler:
         self._holds_back = False
         plan: _Plan = {}
         preempted: list[Sequence] = []
-        budget = self._budget(max_prefill_tokens)
-        for seq in self._in_turn():
+        in_turn, num_streams = self._in_turn()
+        budget = self._budget(max_prefill_tokens, num_streams)
+        for seq in in_turn:
             if budget == 0:
                 break
             if seq.status is not SequenceStatus.RUNNING:  # gave way to one before it
@@ -182,7 +183,7 @@ class Scheduler:
                 if victim is seq:
                     break
             else:
-                plan[seq] = ScheduledSequence.behind(seq, num_new)
+                plan[seq] = ScheduledSequence.of(seq, seq.num_computed, num_new)
                 budget -= num_new
         if not preempted:
             self._admit(plan, budget, ahead=False)
@@ -198,13 +199,15 @@ class Scheduler:
         if self._holds_back or may_draft:
             return None
         plan: _Plan = {}
-        budget = self._budget(max_prefill_tokens)
-        for seq in self._in_turn():
+        in_turn, num_streams = self._in_turn()
+        budget = self._budget(max_prefill_tokens, num_streams)
+        for seq in in_turn:
             if budget == 0:
                 break
-            if ends_with_next(seq, self._max_sequence_tokens):
-                continue
-            scheduled = ScheduledSequence.behind(seq, self._chunk(seq, seq.num_planned, budget))
+            if len(seq.token_ids) + seq.num_sampling >= seq.token_limit:
+                continue  # the token in flight ends it, whatever it is
+            start = seq.num_computed + seq.num_computing
+            scheduled = ScheduledSequence.of(seq, start, self._chunk(seq, start, budget))
             # An end that is in flight may make the room for which somebody would be preempted now.
             if not scheduled.is_plain or not self._kv.allocate(seq, 0, scheduled.num_new):
                 return None
@@ -213,19 +216,23 @@ class Scheduler:
         self._admit(plan, budget, ahead=True)
         return _launched(plan, [])
 
-    def _budget(self, max_prefill_tokens: int) -> int:
+    def _in_turn(self) -> tuple[list[Sequence], int]:
+        """The running, those with one token first, and how many these are."""
+        streams: list[Sequence] = []
+        chunks: list[Sequence] = []
+        for seq in self._running:
+            num_left = len(seq.token_ids) + seq.num_sampling - seq.num_computed - seq.num_computing
+            (streams if num_left == 1 else chunks).append(seq)
+        return streams + chunks, len(streams)
+
+    def _budget(self, max_prefill_tokens: int, num_streams: int) -> int:
         """Tokens of the next step."""
         budget = self._config.max_num_batched_tokens
-        num_streams = sum(seq.num_expected - seq.num_planned == 1 for seq in self._running)
         if num_streams > 0:
             num_seated = min(len(self._running) + len(self._waiting), self._config.max_num_seqs)
             crowding = STREAMS_PER_PROMPT * (num_seated - num_streams) / num_streams
             budget = min(budget, num_streams + int(max_prefill_tokens * max(1.0, crowding)))
         return budget
-
-    def _in_turn(self) -> list[Sequence]:
-        """The running, those with one token first."""
-        return sorted(self._running, key=lambda seq: seq.num_expected - seq.num_planned > 1)
 
     def _admit(self, plan: _Plan, budget: int, *, ahead: bool) -> None:
         growing = [seq for seq in self._running if seq.num_expected - seq.num_planned > 1]
@@ -235,7 +242,7 @@ class Scheduler:
             if self._running and not self._kv.has_room(seq, num_cached, growing, SPARE_FOR_RUNNING):
                 break
             num_new = self._chunk(seq, num_cached, budget)
-            scheduled = ScheduledSequence.first(seq, num_cached, num_new)
+            scheduled = ScheduledSequence.of(seq, num_cached, num_new)
             if ahead and not scheduled.is_plain:
                 self._holds_back = True
                 break
@@ -264,17 +271,14 @@ class Scheduler:
                 break
             if not scheduled.samples:
                 continue
-            most_generated = min(
-                seq.params.max_tokens - seq.num_generated, self._max_sequence_tokens - seq.num_tokens
-            )
-            draft = self._speculator.propose(seq, min(room, most_generated - 1))
+            draft = self._speculator.propose(seq, min(room, seq.token_limit - seq.num_tokens - 1))
             num_new = scheduled.num_new + len(draft)
             if draft and self._kv.allocate(seq, 0, num_new):
-                plan[seq] = replace(scheduled, num_new=num_new, draft=draft, is_plain=False)
+                plan[seq] = scheduled._replace(num_new=num_new, draft=draft, is_plain=False)
                 room -= len(draft)
 
     def _chunk(self, seq: Sequence, start: int, budget: int) -> int:
-        return min(seq.num_expected - start, budget, self._config.long_prefill_threshold)
+        return min(len(seq.token_ids) + seq.num_sampling - start, budget, self._config.long_prefill_threshold)
 
     def _preempt_one(self) -> Sequence | None:
         """Send one of the running back to the queue; None if only one runs. Nothing is in flight."""
@@ -309,25 +313,28 @@ class Scheduler:
         Sequences that have ended since `schedule` are passed over.
         """
         outputs, self._failed = self._failed, []
-        rows = iter(sampled)
-        if len(sampled) != sum(scheduled.num_sampled for scheduled in batch.sequences):
+        if len(sampled) != batch.num_sampled:
             raise ValueError(f"{len(sampled)} sampled tokens do not match the batch")
+        row = 0
         for scheduled in batch.sequences:
-            seq, tokens = scheduled.seq, list(itertools.islice(rows, scheduled.num_sampled))
+            seq, draft = scheduled.seq, scheduled.draft
+            tokens = sampled[row : row + scheduled.num_sampled]
+            row += scheduled.num_sampled
             if seq.status is SequenceStatus.FINISHED:
                 continue
             _landed(scheduled)
             if tokens and tokens[0].error is not None:
                 outputs.append(self._spoil(seq, tokens[0].error))
                 continue
-            taken, reason = append_sampled(seq, tokens, scheduled.draft, self._max_sequence_tokens)
+            taken, reason = append_sampled(seq, tokens, draft)
             num_accepted = max(0, len(taken) - 1)
-            seq.num_computed = scheduled.start + scheduled.num_new - len(scheduled.draft) + num_accepted
-            self._kv.commit(seq)
-            if scheduled.draft:
-                self._speculator.record(seq, len(scheduled.draft), num_accepted)
+            seq.num_computed = scheduled.start + scheduled.num_new - len(draft) + num_accepted
+            if draft or seq.num_computed >= seq.settled_until:
+                self._kv.commit(seq)
+            if draft:
+                self._speculator.record(seq, len(draft), num_accepted)
                 self._counts.num_drafts += 1
-                self._counts.num_draft_tokens += len(scheduled.draft)
+                self._counts.num_draft_tokens += len(draft)
                 self._counts.num_accepted_tokens += num_accepted
             if reason is not None:
                 self._retire(seq)
@@ -386,5 +393,5 @@ def _launched(plan: _Plan, preempted: list[Sequence]) -> ScheduledBatch:
         if scheduled.samples:
             seq.num_sampling += 1
             seq.sampled_row = row
-            row += scheduled.num_sampled
+            row += 1 + len(scheduled.draft)
     return ScheduledBatch(tuple(plan.values()), tuple(preempted))

@@ -7,12 +7,12 @@ are then known there alone, and a batch says which row of the other step's sampl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from server.engine.sequence import Sequence, SequenceStatus
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """Positions start .. start + num_new - 1 of one sequence, of which the last ones may be a draft."""
 
     seq: Sequence
@@ -38,25 +38,17 @@ class ScheduledSequence:
         return self.seq.num_generated + (self.previous_row >= 0)
 
     @classmethod
-    def behind(cls, seq: Sequence, num_new: int) -> ScheduledSequence:
-        """The next num_new positions behind those that are computed and in flight."""
-        row = seq.sampled_row if seq.num_sampling else -1
-        return cls._plain_or_not(seq, seq.num_planned, num_new, row)
-
-    @classmethod
-    def first(cls, seq: Sequence, num_cached: int, num_new: int) -> ScheduledSequence:
-        """num_new positions of one that has yet to be admitted, behind those found in the prefix cache."""
-        return cls._plain_or_not(seq, num_cached, num_new, -1)
-
-    @classmethod
-    def _plain_or_not(cls, seq: Sequence, start: int, num_new: int, row: int) -> ScheduledSequence:
-        samples = start + num_new == seq.num_expected
-        num_generated = seq.num_expected - seq.num_prompt_tokens
+    def of(cls, seq: Sequence, start: int, num_new: int) -> ScheduledSequence:
+        """num_new positions behind those that are computed and in flight, or found in the prefix cache."""
+        num_sampling = seq.num_sampling
+        num_expected = len(seq.token_ids) + num_sampling
+        num_generated = num_expected - seq.num_prompt_tokens
+        samples = start + num_new == num_expected
         if samples:
             is_plain = num_generated >= seq.plain_from
         else:
             is_plain = num_generated > 0 or seq.params.prompt_logprobs is None
-        return cls(seq, start, num_new, samples, (), row, is_plain)
+        return cls(seq, start, num_new, samples, (), seq.sampled_row if num_sampling else -1, is_plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +61,10 @@ class ScheduledBatch:
     @property
     def num_tokens(self) -> int:
         return sum(scheduled.num_new for scheduled in self.sequences)
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(1 + len(scheduled.draft) for scheduled in self.sequences if scheduled.samples)
 
     @property
     def num_draft_tokens(self) -> int:

@@ -109,7 +109,7 @@ class GuardedRunner:
         if self._num_failed_steps == MAX_FAILED_STEPS or _poisons_device(error):
             raise error
         # The blocks of those that have ended may be another's by now. The tokens of the step before are known.
-        sequences = tuple(replace(scheduled, previous_row=-1) for scheduled in step.batch.living())
+        sequences = tuple(scheduled._replace(previous_row=-1) for scheduled in step.batch.living())
         is_shortage = _is_shortage(error)
         if not sequences:
             executed = Executed((), [])

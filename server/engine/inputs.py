@@ -12,6 +12,7 @@ tokens in the step, B the number of sequences, R the number of rows whose hidden
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -96,38 +97,23 @@ def build_inputs(
 
     owner = np.repeat(np.arange(len(sequences)), counts)  # [T]: the sequence of each row
     positions = np.arange(num_rows, dtype=np.int64) + (starts - query_start[:-1])[owner]
-    token_ids = np.zeros(num_rows, dtype=np.int64)
-    previous_rows = np.full(num_rows, -1, dtype=np.int32)
-    for row, scheduled in zip(query_start.tolist(), sequences, strict=False):
-        if scheduled.previous_row >= 0:
-            previous_rows[row] = scheduled.previous_row
-            continue
-        end = scheduled.start + scheduled.num_new
-        known = scheduled.seq.token_ids[scheduled.start : end]
-        token_ids[row : row + scheduled.num_new] = [*known, *scheduled.draft]
+    token_ids, previous_rows = _tokens(sequences, query_start, num_rows)
 
-    sampled_rows = [
-        row
-        for end, scheduled in zip(query_start[1:].tolist(), sequences, strict=True)
-        for row in range(end - scheduled.num_sampled, end)
-    ]
-    output_rows = [np.array(sampled_rows, dtype=np.int64)]
-    first_rows = {scheduled.seq: int(row) for scheduled, row in zip(sequences, query_start[:-1], strict=True)}
-    for rows in prompt_rows:
-        first = first_rows[rows.scheduled.seq] + rows.first_position - rows.scheduled.start
-        output_rows.append(np.arange(first, first + rows.count, dtype=np.int64))
+    output_rows = [_sampled_rows(sequences, query_start)]
+    if prompt_rows:
+        first_rows = dict(zip((scheduled.seq for scheduled in sequences), query_start.tolist(), strict=False))
+        for rows in prompt_rows:
+            first = first_rows[rows.scheduled.seq] + rows.first_position - rows.scheduled.start
+            output_rows.append(np.arange(first, first + rows.count, dtype=np.int64))
 
     seq_lens = (starts + counts).astype(np.int32)
     num_blocks = -(-int(seq_lens.max()) // block_size)
+    block, offset = np.divmod(positions, block_size)
     attention = []
     for group in range(num_groups):
-        block_table = np.zeros((len(sequences), num_blocks), dtype=np.int32)
-        for row, scheduled in enumerate(sequences):
-            blocks = scheduled.seq.block_tables[group]
-            block_table[row, : len(blocks)] = blocks[:num_blocks]
-        slots = (
-            block_table[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-        )
+        tables = [scheduled.seq.block_tables[group] for scheduled in sequences]
+        block_table = _block_table(tables, num_blocks)
+        slots = block_table[owner, block].astype(np.int64) * block_size + offset
         attention.append(AttentionMetadata(query_start, seq_lens, block_table, slots, block_size))
     return ModelInputs(token_ids, previous_rows, positions, np.concatenate(output_rows), tuple(attention))
 
@@ -155,3 +141,45 @@ def null_inputs(counts: Int32Array, seq_lens: Int32Array, num_groups: int, block
         output_rows=(query_start[1:] - 1).astype(np.int64),
         attention=(metadata,) * num_groups,
     )
+
+
+def _tokens(
+    sequences: SequenceOf[ScheduledSequence], query_start: Int32Array, num_rows: int
+) -> tuple[Int64Array, Int32Array]:
+    """token_ids and previous_rows, both [T]."""
+    previous = np.array([scheduled.previous_row for scheduled in sequences], dtype=np.int32)
+    if num_rows == len(sequences):
+        newest = [
+            scheduled.seq.token_ids[scheduled.start] if scheduled.previous_row < 0 else 0
+            for scheduled in sequences
+        ]
+        return np.array(newest, dtype=np.int64), previous
+    token_ids: list[int] = []
+    for scheduled in sequences:
+        if scheduled.previous_row < 0:
+            token_ids += scheduled.seq.token_ids[scheduled.start : scheduled.start + scheduled.num_new]
+            token_ids += scheduled.draft
+        else:
+            token_ids.append(0)
+    previous_rows = np.full(num_rows, -1, dtype=np.int32)
+    previous_rows[query_start[:-1]] = previous  # where it is not -1, that row is all there is of its sequence
+    return np.array(token_ids, dtype=np.int64), previous_rows
+
+
+def _sampled_rows(sequences: SequenceOf[ScheduledSequence], query_start: Int32Array) -> Int64Array:
+    """The last rows of each sequence that samples, as many as it samples."""
+    counts = np.array([scheduled.num_sampled for scheduled in sequences], dtype=np.int64)
+    ends = np.cumsum(counts)
+    return np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(query_start[1:] - ends, counts)
+
+
+def _block_table(tables: SequenceOf[array[int]], num_blocks: int) -> Int32Array:
+    """[B, num_blocks] of what may be longer or shorter. One copy for all: a table has hundreds of entries."""
+    lengths = np.array([len(table) for table in tables], dtype=np.int64)
+    joined = np.frombuffer(b"".join(tables), dtype=np.int32)
+    if (lengths == num_blocks).all():
+        return joined.reshape(len(tables), num_blocks).copy()
+    columns = np.arange(max(num_blocks, int(lengths.max())))
+    padded = np.zeros((len(tables), len(columns)), dtype=np.int32)
+    padded[columns < lengths[:, None]] = joined
+    return np.ascontiguousarray(padded[:, :num_blocks])

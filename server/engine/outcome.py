@@ -8,32 +8,22 @@ from server.engine.types import FinishReason, SequenceOutput
 
 
 def append_sampled(
-    seq: Sequence, tokens: list[SampledToken], draft: tuple[int, ...], max_sequence_tokens: int
+    seq: Sequence, tokens: list[SampledToken], draft: tuple[int, ...]
 ) -> tuple[list[SampledToken], FinishReason | None]:
     """Append the tokens whose rows saw what the sequence now is: up to the first that is not as drafted.
 
     An error ends them, too; its row will be the first of the next step. Returns what was appended, and why the
     sequence ends, if it does.
     """
-    taken: list[SampledToken] = []
     reason = None
     for index, token in enumerate(tokens):
         if token.error is not None:
-            break
+            return tokens[:index], reason
         seq.token_ids.append(token.token_id)
-        taken.append(token)
-        reason = FinishReason.STOP if token.completes else _finish_reason(seq, max_sequence_tokens)
+        reason = _finish_reason(seq, token)
         if reason is not None or draft[index : index + 1] != (token.token_id,):
-            break
-    return taken, reason
-
-
-def ends_with_next(seq: Sequence, max_sequence_tokens: int) -> bool:
-    """Whether the token that is being sampled is the last one, whatever it is."""
-    num_expected = seq.num_expected
-    return seq.num_sampling > 0 and (
-        num_expected - seq.num_prompt_tokens >= seq.params.max_tokens or num_expected >= max_sequence_tokens
-    )
+            return tokens[: index + 1], reason
+    return tokens, reason
 
 
 def output_of(seq: Sequence, tokens: list[SampledToken], reason: FinishReason | None) -> SequenceOutput:
@@ -63,10 +53,10 @@ def error_of(seq: Sequence, error: str) -> SequenceOutput:
     )
 
 
-def _finish_reason(seq: Sequence, max_sequence_tokens: int) -> FinishReason | None:
-    params = seq.params
-    if seq.token_ids[-1] in params.stop_token_ids and seq.num_generated >= params.min_tokens:
+def _finish_reason(seq: Sequence, newest: SampledToken) -> FinishReason | None:
+    if newest.completes:
         return FinishReason.STOP
-    if seq.num_generated >= params.max_tokens or seq.num_tokens >= max_sequence_tokens:
-        return FinishReason.LENGTH
-    return None
+    params = seq.params
+    if newest.token_id in params.stop_token_ids and seq.num_generated >= params.min_tokens:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if len(seq.token_ids) >= seq.token_limit else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -41,7 +42,13 @@ class Sequence:
     num_sampling: int = 0
     sampled_row: int = -1
     """While a token is being sampled: which of its step's it is."""
-    block_tables: list[list[int]] = field(default_factory=list)
+    block_tables: list[array[int]] = field(default_factory=list)
+    """int32, so that they can be copied whole."""
+    settled_until: int = 0
+    """Computed tokens below which no block of these can be published or released; the KV cache's own."""
+    token_limit: int = sys.maxsize
+    """Tokens that end the sequence, whatever they are: by max_tokens, the context, or the size of the KV cache.
+    Set when it is queued."""
     status: SequenceStatus = SequenceStatus.WAITING
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when the sequence was first scheduled."""

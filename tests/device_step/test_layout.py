@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ def scheduled(num_tokens: int, start: int, tables: list[list[int]]) -> Scheduled
         request_id="r", prompt_token_ids=list(range(100, 100 + num_tokens)), params=params
     )
     seq = Sequence.from_request(request)
-    seq.block_tables = tables
+    seq.block_tables = [array("i", table) for table in tables]
     return ScheduledSequence(seq, start, num_tokens - start, samples=True)
 
 

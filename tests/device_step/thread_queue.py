@@ -62,7 +62,8 @@ class ThreadQueue:
         self.num_copies_in = 0
         self._max_delay = max_delay
         self._random = random.Random(seed)
-        self._pinned: set[int] = set()
+        self._pinned: dict[int, Tensor] = {}
+        """By address; kept, so that nothing else comes to lie there."""
         self._error: Exception | None = None
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -74,7 +75,7 @@ class ThreadQueue:
 
     def pinned(self, num_words: int) -> Tensor:
         memory = torch.full((num_words,), POISON, dtype=torch.int32)
-        self._pinned.add(_address(memory))
+        self._pinned[_address(memory)] = memory
         return memory
 
     def persistent(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from server.engine.batch import ScheduledSequence
 from server.engine.inputs import PromptRows, build_inputs, missing_prompt_rows
 from server.engine.sequence import Sequence
@@ -11,7 +13,7 @@ from server.engine.types import GenerateRequest, SamplingParams
 def sequence(token_ids: list[int], tables: list[list[int]], prompt_logprobs: int | None = None) -> Sequence:
     params = SamplingParams(max_tokens=8, seed=0, prompt_logprobs=prompt_logprobs)
     seq = Sequence.from_request(GenerateRequest(request_id="r", prompt_token_ids=token_ids, params=params))
-    seq.block_tables = tables
+    seq.block_tables = [array("i", table) for table in tables]
     return seq
 
 

@@ -18,6 +18,7 @@ Laws:
 from __future__ import annotations
 
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
@@ -151,12 +152,15 @@ class KVCacheManager:
             if any(pool.num_free < num_missing for pool in self._pools):
                 return False
             for pool, table in zip(self._pools, seq.block_tables, strict=True):
-                table += pool.allocate(num_missing)
+                table.extend(pool.allocate(num_missing))
         return True
 
     def commit(self, seq: Sequence) -> None:
         """After the forward pass: publish full blocks below `num_computed`, release those out of sight and
-        those for tokens of a draft that was wrong. A step in flight behind it keeps its blocks."""
+        those for tokens of a draft that was wrong. A step in flight behind it keeps its blocks.
+
+        Without a draft there is nothing to do below `settled_until`.
+        """
         if self.uses_prefix_cache(seq):
             self._publish(seq)
         num_blocks = _ceil_div(seq.num_planned, self.block_size)
@@ -169,6 +173,7 @@ class KVCacheManager:
                 self._pools[group].release([table[last]])
                 table[last] = NULL_BLOCK
                 last -= 1
+        seq.settled_until = self._next_change(seq.num_computed)
 
     def free(self, seq: Sequence) -> None:
         """Give up all blocks, on every way out and on preemption. What was published stays findable.
@@ -178,6 +183,7 @@ class KVCacheManager:
         for pool, table in zip(self._pools, seq.block_tables, strict=False):  # no tables: nothing held
             pool.release(block for block in reversed(table) if block != NULL_BLOCK)
         seq.block_tables = []
+        seq.settled_until = 0
         self._chains.pop(seq, None)
 
     def discard(self, seq: Sequence) -> None:
@@ -211,6 +217,13 @@ class KVCacheManager:
     def _first_visible(self, window: int | None, num_computed: int) -> int:
         """Index of the first block that the query at position `num_computed` sees."""
         return 0 if window is None else max(0, num_computed - window + 1) // self.block_size
+
+    def _next_change(self, num_computed: int) -> int:
+        """The least number of computed tokens above this one at which a block is full, or out of sight."""
+        size = self.block_size
+        full = num_computed // size * size + size
+        windows = (window for _, window in self._sliding)
+        return min([full, *((self._first_visible(w, num_computed) + 1) * size + w - 1 for w in windows)])
 
     def _most_blocks_held(self, window: int | None, max_chunk: int) -> int:
         """Blocks that hold a window and a chunk: n positions touch at most ceil((n - 1) / block_size) + 1."""
@@ -272,7 +285,7 @@ class KVCacheManager:
                 return False
         for pool, (first, shared) in zip(self._pools, cached, strict=True):
             pool.acquire(shared)
-            seq.block_tables.append([NULL_BLOCK] * first + shared + pool.allocate(num_missing))
+            seq.block_tables.append(array("i", [NULL_BLOCK] * first + shared + pool.allocate(num_missing)))
         if self.uses_prefix_cache(seq):
             self._chain(seq).num_published = num_cached_blocks
         return True
