@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 from server.engine.backend.triton.backend import TritonBackend
+from server.engine.device_step.backend import DeviceBackend
 from server.engine.device_step.cuda import CudaQueue
 from server.engine.device_step.queue import DeviceQueue
 from server.engine.dtype import DType
 from server.engine.models.config_reader import read_hf
 from server.engine.sequence import Sequence
 from tests.device_step.driver import Driver
-from tests.device_step.static_backend import sample
 from tests.device_step.thread_queue import ThreadQueue
 from tests.parity.harness import CONFIGS, Engine, checkpoint, load_model, our_model, prompt, request
 
 
 class QueuedBackend(TritonBackend):
-    """With a sampler that needs no kernels, and on a thread where there is no GPU."""
+    """On a thread where there is no GPU."""
 
     def __init__(self, device: torch.device, queue: DeviceQueue) -> None:
         super().__init__(device, DType.FLOAT32)
@@ -29,11 +28,6 @@ class QueuedBackend(TritonBackend):
 
     def queue(self) -> DeviceQueue:
         return self._queue
-
-    def device_sampler(
-        self, vocab_size: int, suppress_token_ids: tuple[int, ...]
-    ) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
-        return sample
 
 
 @pytest.fixture
@@ -44,6 +38,10 @@ def queue(device: torch.device) -> Iterator[DeviceQueue]:
     one = ThreadQueue()
     yield one
     one.close()
+
+
+def test_the_back_end_for_gpus_computes_behind_the_host(device: torch.device) -> None:
+    assert isinstance(TritonBackend(device, DType.FLOAT32), DeviceBackend)
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma1", "gemma2", "gemma3")]

@@ -6,7 +6,7 @@ shape that depends on what is in them, so that `server.engine.device_step` can r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from server.engine.backend.reference_attention import KV_FP8, KVCache, kv_bytes
 from server.engine.backend.triton import pointwise
 from server.engine.backend.triton.attention import PagedAttention
 from server.engine.backend.triton.rotary import apply_rotary
+from server.engine.backend.triton.sampling import DeviceSampler
 from server.engine.device_step.cuda import CudaQueue
 from server.engine.device_step.inputs import DeviceGroup, DeviceInputs
 from server.engine.dtype import DType
@@ -75,6 +76,11 @@ class TritonBackend:
 
     def queue(self) -> CudaQueue:
         return CudaQueue(self._device)
+
+    def device_sampler(
+        self, vocab_size: int, suppress_token_ids: tuple[int, ...]
+    ) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+        return DeviceSampler(vocab_size, suppress_token_ids, self._device).launch
 
     def sampler(self, vocab_size: int, suppress_token_ids: tuple[int, ...]) -> Sampler:
         return Sampler(vocab_size, suppress_token_ids, self._device)
