@@ -173,9 +173,7 @@ def json_lines(module: str, options: Sequence[str], limit_seconds: float, rows: 
         timer = threading.Timer(limit_seconds, end)
         timer.start()
         try:
-            for line in process.stdout:
-                if line.startswith("{"):
-                    rows.append(json.loads(line))
+            rows.extend(json.loads(line) for line in process.stdout if line.startswith("{"))
             process.wait()
         finally:
             timer.cancel()

@@ -1,5 +1,5 @@
-"""How often kernels would be compiled for steps of many shapes: a program for `test_compilation.py`, since a process
-in which Triton interprets cannot tell.
+"""How often kernels would be compiled for steps of many shapes: a program for `test_compilation.py`, since a
+process in which Triton interprets cannot tell.
 
 Prints JSON: for each kernel, the number of its variants. Nothing is computed.
 """
