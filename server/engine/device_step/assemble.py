@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from server.engine.device_step.queue import DeviceQueue
 from server.engine.device_step.step import DeviceModel, DeviceStep
-from server.engine.inputs import ModelInputs, null_inputs
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.memory import MIB, OutOfMemoryError, PoolLimits
 from server.engine.models.gemma import GemmaModel
@@ -69,20 +66,20 @@ class StepMaker:
         return DeviceStep(queue, device_model, self._limits, kv.num_groups)
 
     def _measure(self, model: GemmaModel) -> MemoryUse:
-        limits, groups = self._limits, model.config.kv_groups()
+        groups = model.config.kv_groups()
         queue = self._backend.queue()  # of its own: its recordings end with it
-        kv = KVTensors(model.backend, groups, [1] * len(groups), limits.block_size)
+        kv = KVTensors(model.backend, groups, [1] * len(groups), self._limits.block_size)
         before = queue.memory()
         step = self._make(queue, model, kv)
-        step.run_in_null_block(_largest(limits, len(groups)))
+        step.run_largest()
         after_largest = queue.memory()
         free = [after_largest.free]
-        for size in step.decode_sizes[:-3:-1]:
-            lengths = np.full(size, limits.max_model_len, dtype=np.int32)
-            step.run_in_null_block(null_inputs(np.ones_like(lengths), lengths, len(groups), limits.block_size))
+        chunks, decodes = step.shapes.chunks(), step.shapes.decodes()
+        for shape in [*chunks, *decodes][:2]:
+            step.record(shape)
             free.append(queue.memory().free)
         taken = [max(0, earlier - later) for earlier, later in pairwise(free)]
-        num_others = 2 * len(step.decode_sizes) - 1  # a size is recorded with and without sampling
+        num_others = len(chunks) + 2 * len(decodes) - 1  # decodes are recorded with and without sampling
         del step
         end = queue.memory()
         start = self._at_start
@@ -109,13 +106,3 @@ class MemoryUse:
     @property
     def total(self) -> int:
         return self.weights + self.step + self.recordings + self.other
-
-
-def _largest(limits: PoolLimits, num_groups: int) -> ModelInputs:
-    """As many tokens as there may be, of sequences as long as they may be: of all but one, since a step of
-    single tokens would be recorded."""
-    num_tokens, num_seqs = limits.max_num_batched_tokens, max(1, limits.max_num_seqs - 1)
-    counts = np.full(num_seqs, num_tokens // num_seqs, dtype=np.int32)
-    counts[: num_tokens % num_seqs] += 1
-    lengths = np.full_like(counts, limits.max_model_len)
-    return null_inputs(np.minimum(counts, lengths), lengths, num_groups, limits.block_size)

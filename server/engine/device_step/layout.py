@@ -11,7 +11,7 @@ Laws:
 
 - Where an array lies depends on the shape alone, never on what is in it: a recorded step reads it there again.
 - `pack` writes every word that it says is to be copied. Rows that pad a step are sequences of one token in the
-  null block, which see themselves.
+  null block, which see themselves; the last of these sequences has all the rows that are left, and others none.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ class StepShape(NamedTuple):
     def of_decodes(cls, num_seqs: int) -> StepShape:
         """One new token of each sequence, after which each samples."""
         return cls(num_seqs, num_seqs, num_seqs)
+
+    @property
+    def is_decodes(self) -> bool:
+        return self == StepShape.of_decodes(self.num_seqs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,32 +116,46 @@ class StepLayout:
         previous_slot: int,
         sampled_slot: int,
     ) -> int:
-        """Writes a step that is this shape or, of decodes, smaller. Returns the words from 0 on to be copied.
+        """Writes a step that is this shape or smaller, in which case it has a sequence less at least. Returns the
+        words from 0 on to be copied.
 
         sampling: the sampler's arrays by name, each [R].
         previous_slot, sampled_slot: where the sampled tokens of the step before begin, and where this one's go.
         """
         num_tokens, num_seqs, _ = StepShape.of(inputs)
-        pad = self.shape.num_tokens - num_tokens
-        assert pad == 0 or self.shape == StepShape.of_decodes(num_tokens + pad)
+        ends, last = self._padding(num_tokens, num_seqs)
         view = {name: field.of(buffer) for name, field in self.fields.items()}
         for name in self.sampling:
             _fill(view[name], sampling[name])
         view["sampled_slots"][:] = np.arange(sampled_slot, sampled_slot + self.shape.num_output_rows)
         _fill(view["token_ids"], inputs.token_ids)
         _fill(view["positions"], inputs.positions)
+        if last > 0:
+            view["positions"][-last:] = np.arange(last)
         rows = inputs.previous_rows
         _fill(view["previous_slots"], np.where(rows < 0, -1, rows + previous_slot), -1)
         first = inputs.attention[0]
-        _fill(view["query_start"], first.query_start, np.arange(num_tokens + 1, num_tokens + pad + 1))
+        _fill(view["query_start"], first.query_start, ends)
         _fill(view["seq_lens"], first.seq_lens, 1)
-        _fill(view["output_rows"], inputs.output_rows, np.arange(num_tokens, num_tokens + pad))
-        table = view["block_table"][: first.block_table.shape[1]]
+        if last > 0:
+            view["seq_lens"][-1] = last
+        _fill(view["output_rows"], inputs.output_rows, self.shape.num_tokens - 1)
+        num_columns = first.block_table.shape[1]
+        table = view["block_table"][: max(num_columns, -(-last // first.block_size))]
         table[:, :, num_seqs:] = NULL_BLOCK
+        table[num_columns:] = NULL_BLOCK
         for group, metadata in enumerate(inputs.attention):
             _fill(view["slot_mapping"][group], metadata.slot_mapping)
-            table[:, group, :num_seqs] = metadata.block_table.T
+            table[:num_columns, group, :num_seqs] = metadata.block_table.T
         return self.fields["block_table"].first_word + table.size
+
+    def _padding(self, num_tokens: int, num_seqs: int) -> tuple[Int32Array, int]:
+        """Where the rows of each sequence that pads the step end, and how many the last of them has."""
+        num_more = self.shape.num_seqs - num_seqs
+        assert num_more > 0 or num_tokens == self.shape.num_tokens
+        ends = np.arange(num_tokens, num_tokens + num_more + 1, dtype=np.int32).clip(max=self.shape.num_tokens)
+        ends[-1] = self.shape.num_tokens
+        return ends[1:], int(ends[-1] - ends[-2]) if num_more > 0 else 0
 
     def _add(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
         num_words = -(-dtype.itemsize * prod(shape) // 4)

@@ -9,8 +9,8 @@ One step:
 Laws:
 
 - The tensors that a step reads and writes stay where they are, so that it can be recorded and replayed.
-- Steps of decodes only are padded to one of a few sizes. The first step of a size runs as it is and is recorded
-  behind that; later ones are replays. All others run as they are, on the same buffer.
+- Steps are padded to one of a few shapes. The first step of a shape runs as it is and is recorded behind that;
+  later ones are replays. Those that are too large for that run as they are, on the same buffer.
 - The sampled tokens of two steps are kept: a step reads the other half of them than it writes. Run twice, it
   does the same.
 - A pinned buffer is written again only when its copy is done, and a step is launched only when the one before
@@ -32,6 +32,7 @@ from torch import Tensor
 from server.engine.device_step.inputs import DeviceInputs, StepArrays
 from server.engine.device_step.layout import StepLayout, StepShape
 from server.engine.device_step.queue import DeviceQueue, Mark
+from server.engine.device_step.sizes import RecordedShapes
 from server.engine.dtype import DType
 from server.engine.inputs import Int32Array, ModelInputs, null_inputs
 from server.engine.memory import PoolLimits
@@ -68,12 +69,6 @@ class PendingTokens:
         return token_ids
 
 
-def decode_sizes(max_num_seqs: int) -> list[int]:
-    """The sizes to which steps of decodes are padded, ascending: few, and none much larger than its steps."""
-    sizes = [1, 2, 4, *range(8, 32, 8), *range(32, 256, 16), *range(256, max_num_seqs, 32)]
-    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
-
-
 class DeviceStep:
     """Launches steps on one queue. Not thread-safe."""
 
@@ -82,11 +77,11 @@ class DeviceStep:
         self._model = model
         self._limits = limits
         self._num_groups = num_groups
-        self.decode_sizes = decode_sizes(limits.max_num_seqs)
-        self._decodes: dict[tuple[int, bool], _Decodes] = {}
-        """By size and by whether they sample, those that were asked for."""
+        self.shapes = RecordedShapes(limits.max_num_seqs, limits.max_num_batched_tokens)
+        self._recorded: dict[tuple[StepShape, bool], _Recorded] = {}
+        """By shape and by whether they sample, those that were asked for."""
         num_tokens, num_seqs = limits.max_num_batched_tokens, limits.max_num_seqs
-        num_words = self._layout(StepShape(num_tokens, num_seqs, num_tokens), model.sampling).num_words
+        num_words = self._layout(StepShape(num_tokens, num_seqs + 1, num_tokens), model.sampling).num_words
         self._inputs = queue.persistent((num_words,), torch.int32)
         self._staging = [_Staging(queue.pinned(num_words)) for _ in range(2)]
         self._hidden = queue.persistent((num_seqs, model.hidden_size), getattr(torch, model.dtype))
@@ -102,14 +97,16 @@ class DeviceStep:
         sampling: the arrays of `DeviceModel.sampling`, each [R].
         """
         shape = StepShape.of(inputs)
-        if shape != StepShape.of_decodes(shape.num_seqs):
-            arrays = self._upload_any(self._layout(shape, self._model.sampling), inputs, sampling)
-            self._queue.run(partial(self._sample, arrays))
-            return self._take(shape.num_output_rows)
-        decodes = self._upload_decodes(inputs, sampling)
-        decodes.enqueue(self._queue)
+        if shape.is_decodes:
+            padded: StepShape | None = self.shapes.decodes_of(shape.num_seqs)
+        else:
+            padded = self.shapes.chunks_of(shape.num_tokens, shape.num_seqs)
+        if padded is None:
+            return self._launch_unrecorded(inputs, sampling)
+        recorded = self._upload_recorded(padded, inputs, sampling)
+        recorded.enqueue(self._queue)
         pending = self._take(shape.num_output_rows)
-        decodes.record(self._queue)
+        recorded.record(self._queue)
         return pending
 
     def hidden(self, inputs: ModelInputs) -> Tensor:
@@ -118,25 +115,39 @@ class DeviceStep:
         Returns the hidden states of its output rows, [R, hidden], until the next step.
         """
         shape = StepShape.of(inputs)
-        if shape != StepShape.of_decodes(shape.num_seqs):
-            arrays = self._upload_any(self._layout(shape, {}), inputs, {})
+        if not shape.is_decodes:
+            arrays = self._upload_unrecorded(self._layout(shape, {}), inputs, {})
             return self._queue.result(partial(self._forward, arrays))
-        decodes = self._upload_decodes(inputs, None)
-        decodes.enqueue(self._queue)
-        decodes.record(self._queue)
+        recorded = self._upload_recorded(self.shapes.decodes_of(shape.num_seqs), inputs, None)
+        recorded.enqueue(self._queue)
+        recorded.record(self._queue)
         return self._queue.result(lambda: self._hidden[: shape.num_seqs])
 
-    def warm_up(self) -> None:
-        """Records the largest step of decodes: the memory of that one serves the smaller ones, too."""
-        ones = np.ones(self.decode_sizes[-1], dtype=np.int32)
-        self.run_in_null_block(null_inputs(ones, ones, self._num_groups, self._limits.block_size))
+    # --- steps for their costs alone ------------------------------------------------------------------------
 
-    def run_in_null_block(self, inputs: ModelInputs) -> None:
-        """Runs a step of `null_inputs` with greedy rows to its end."""
-        num_rows = len(inputs.output_rows)
-        self.launch(
-            inputs, {name: np.zeros(num_rows, dtype) for name, dtype in self._model.sampling.items()}
-        ).wait()
+    def warm_up(self) -> None:
+        """Records the shape that needs most memory, in which all others find room."""
+        self.record(self.shapes.chunks()[0])
+
+    def record(self, shape: StepShape) -> None:
+        """Runs a step of one of `shapes`, to its end, in the null block."""
+        num_seqs = shape.num_seqs if shape.is_decodes else min(shape.num_output_rows, shape.num_tokens - 1)
+        inputs, sampling = self._null_step(shape.num_tokens, num_seqs)
+        self.launch(inputs, sampling).wait()
+
+    def run_largest(self) -> None:
+        """Runs the largest step that there may be, to its end, in the null block, and does not record it."""
+        inputs, sampling = self._null_step(self._limits.max_num_batched_tokens, self._limits.max_num_seqs)
+        self._launch_unrecorded(inputs, sampling).wait()
+
+    def _null_step(self, num_tokens: int, num_seqs: int) -> tuple[ModelInputs, dict[str, npt.NDArray[Any]]]:
+        """So many tokens of so many sequences, as long as they may be and evenly, all of which sample."""
+        counts = np.full(num_seqs, num_tokens // num_seqs, dtype=np.int32)
+        counts[: num_tokens % num_seqs] += 1
+        lengths = np.full_like(counts, self._limits.max_model_len)
+        counts = np.minimum(counts, lengths)
+        inputs = null_inputs(counts, lengths, self._num_groups, self._limits.block_size)
+        return inputs, {name: np.zeros(num_seqs, dtype) for name, dtype in self._model.sampling.items()}
 
     # --- packing --------------------------------------------------------------------------------------------
 
@@ -144,7 +155,15 @@ class DeviceStep:
         max_blocks = -(-self._limits.max_model_len // self._limits.block_size)
         return StepLayout(shape, self._num_groups, max_blocks, sampling)
 
-    def _upload_any(
+    def _launch_unrecorded(
+        self, inputs: ModelInputs, sampling: Mapping[str, npt.NDArray[Any]]
+    ) -> PendingTokens:
+        shape = StepShape.of(inputs)
+        arrays = self._upload_unrecorded(self._layout(shape, self._model.sampling), inputs, sampling)
+        self._queue.run(partial(self._sample, arrays))
+        return self._take(shape.num_output_rows)
+
+    def _upload_unrecorded(
         self, layout: StepLayout, inputs: ModelInputs, sampling: Mapping[str, npt.NDArray[Any]]
     ) -> StepArrays:
         metadata = inputs.attention[0]
@@ -152,19 +171,21 @@ class DeviceStep:
         self._upload(layout, inputs, sampling)
         return StepArrays.of(self._inputs, layout, self._limits.block_size, max_query_len, max_seq_len)
 
-    def _upload_decodes(self, inputs: ModelInputs, sampling: Mapping[str, npt.NDArray[Any]] | None) -> _Decodes:
-        """sampling: None if they do not sample."""
+    def _upload_recorded(
+        self, shape: StepShape, inputs: ModelInputs, sampling: Mapping[str, npt.NDArray[Any]] | None
+    ) -> _Recorded:
+        """shape: of what is run. sampling: None if the step does not sample."""
         samples = sampling is not None
-        size = next(size for size in self.decode_sizes if size >= len(inputs.token_ids))
-        decodes = self._decodes.get((size, samples))
-        if decodes is None:
-            layout = self._layout(StepShape.of_decodes(size), self._model.sampling if samples else {})
+        recorded = self._recorded.get((shape, samples))
+        if recorded is None:
+            layout = self._layout(shape, self._model.sampling if samples else {})
             limits = self._limits
-            arrays = StepArrays.of(self._inputs, layout, limits.block_size, 1, limits.max_model_len)
+            max_query_len = 1 if shape.is_decodes else shape.num_tokens
+            arrays = StepArrays.of(self._inputs, layout, limits.block_size, max_query_len, limits.max_model_len)
             work = partial(self._sample if samples else self._keep_hidden, arrays)
-            decodes = self._decodes[size, samples] = _Decodes(layout, work)
-        self._upload(decodes.layout, inputs, sampling or {})
-        return decodes
+            recorded = self._recorded[shape, samples] = _Recorded(layout, work)
+        self._upload(recorded.layout, inputs, sampling or {})
+        return recorded
 
     def _upload(
         self, layout: StepLayout, inputs: ModelInputs, sampling: Mapping[str, npt.NDArray[Any]]
@@ -219,8 +240,8 @@ class _Staging:
 
 
 @dataclass(slots=True)
-class _Decodes:
-    """Steps of one size in which each sequence has one new token."""
+class _Recorded:
+    """Steps of one shape."""
 
     layout: StepLayout
     work: Callable[[], None]
