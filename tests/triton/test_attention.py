@@ -50,7 +50,12 @@ def check(
     )
     tolerance = 2e-5 if dtype is torch.float32 else 2e-2
     for got, expected in zip(triton.run(sequences), reference.run(sequences), strict=True):
-        torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance)
+        got, expected = got.float(), expected.float()
+        if dtype is torch.bfloat16 and kv_cache_dtype == "fp8":
+            # Where one rounds a key up and the other down, the two lie a sixteenth apart in 8 bits.
+            assert (got - expected).norm() < 1e-2 * expected.norm()
+        else:
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def spec_of(

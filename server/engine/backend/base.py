@@ -150,7 +150,9 @@ class Backend(Protocol[LinearT, TableT, NormT, CacheT, ArrayT, HiddenT, LogitsT,
     # --- after a step --------------------------------------------------------------------------------------
 
     def logits(self, hidden: HiddenT, table: TableT, softcap: float | None) -> LogitsT:
-        """hidden @ table.T, soft-capped in fp32. [S, hidden] -> [S, vocabulary] fp32
+        """hidden @ table.T, soft-capped in fp32. [S, hidden] -> [S, vocabulary]
+
+        In fp32, or in the dtype in which the product was rounded where nothing is soft-capped.
 
         The caller may overwrite the result, and must be done with it before it asks for the next.
         """

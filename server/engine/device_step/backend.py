@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     DeviceSampler = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-    """Logits [R, vocabulary] in fp32, which may be overwritten, and the arrays of `SAMPLING_ARRAYS` as tensors
-    -> ids [R], negative where none can be sampled. It never waits for the device."""
+    """Logits [R, vocabulary] of any floating dtype, which may be overwritten, and the arrays of
+    `SAMPLING_ARRAYS` as tensors -> ids [R], negative where none can be sampled. It never waits for the device."""
 
 
 @runtime_checkable

@@ -116,8 +116,8 @@ class StepLayout:
         previous_slot: int,
         sampled_slot: int,
     ) -> int:
-        """Writes a step that is this shape or smaller, in which case it has a sequence less at least. Returns the
-        words from 0 on to be copied.
+        """Writes a step that is this shape or smaller, in which case it has a sequence less at least. Returns
+        the words from 0 on to be copied.
 
         sampling: the sampler's arrays by name, each [R].
         previous_slot, sampled_slot: where the sampled tokens of the step before begin, and where this one's go.

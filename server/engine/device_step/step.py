@@ -45,7 +45,7 @@ class DeviceModel:
     forward: Callable[[DeviceInputs], Tensor]
     """Stores the step's keys and values. Returns the normalised hidden states of all rows, [T, hidden]."""
     logits: Callable[[Tensor], Tensor]
-    """[R, hidden] -> fp32 [R, vocabulary]"""
+    """[R, hidden] -> [R, vocabulary] of any floating dtype"""
     sample: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
     """Logits, which may be overwritten, and the sampler's arrays -> ids [R]; negative where there is none."""
     sampling: Mapping[str, np.dtype[Any]]

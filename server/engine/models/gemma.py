@@ -65,7 +65,8 @@ class GemmaModel:
         return lambda step: self._forward(step, caches)
 
     def compute_logits(self, hidden: Any) -> Any:
-        """[S, hidden] from a captured step -> [S, vocabulary] fp32. One row of a 256k vocabulary takes 1 MB.
+        """[S, hidden] from a captured step -> [S, vocabulary] of any floating dtype. In fp32, one row of a 256k
+        vocabulary takes 1 MB.
 
         The next call may use the same memory.
         """

@@ -54,13 +54,14 @@ class Sampler:
     def sample(
         self, logits: Tensor, seqs: Seq[Sequence], masks: Mapping[int, TokenMask] | None = None
     ) -> list[SampledToken]:
-        """One token for each row of logits [S, V] (float32, V >= vocab_size), which are changed in place.
+        """One token for each row of logits [S, V] (any floating dtype, V >= vocab_size), which may be changed.
 
         Row i belongs to seqs[i]. `seqs[i].num_generated` picks the random number.
 
         Args:
             masks: by row; what they do not allow is suppressed.
         """
+        logits = logits.float()
         reported = [row for row, seq in enumerate(seqs) if seq.params.logprobs is not None]
         raw = logits[reported]
 
@@ -92,7 +93,7 @@ class Sampler:
     @torch.inference_mode()
     def gather_logprobs(self, logits: Tensor, chosen: Seq[int], num_top: Seq[int]) -> list[PromptTokenLogprob]:
         """See `logprobs.prompt_logprobs`."""
-        return prompt_logprobs(logits, chosen, num_top)
+        return prompt_logprobs(logits.float(), chosen, num_top)
 
 
 def _is_random(seq: Sequence, largest: float) -> bool:

@@ -112,7 +112,9 @@ class TritonBackend:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, table: Tensor, softcap: float | None) -> Tensor:
-        return pointwise.softcap(F.linear(hidden, table), softcap)
+        logits = F.linear(hidden, table)
+        # The sampler reads any dtype: a copy in fp32 would take longer than the choice of the tokens.
+        return logits if softcap is None else pointwise.softcap(logits, softcap)
 
     def _on_device(self, inputs: ModelInputs) -> DeviceInputs:
         def tensor(values: npt.NDArray[np.integer]) -> Tensor:

@@ -70,14 +70,13 @@ def embed_rows(table, token_ids, out, width, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def softcap_rows(x, out, width, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+def softcap_rows(x, out, width, softcap, BLOCK: tl.constexpr):
     """Grid: (rows, blocks of columns). out, fp32, may not be x."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     value = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    if HAS_SOFTCAP:
-        value = softcap * (2.0 * tl.sigmoid(2.0 * value / softcap) - 1.0)
+    value = softcap * (2.0 * tl.sigmoid(2.0 * value / softcap) - 1.0)
     tl.store(out + row * width + column, value, mask=inside)
 
 
@@ -130,13 +129,11 @@ def embed(table: Tensor, token_ids: Tensor, scale: float) -> Tensor:
     return out
 
 
-def softcap(logits: Tensor, cap: float | None) -> Tensor:
-    """fp32 copy of [S, vocabulary], soft-capped where cap is given."""
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """[S, vocabulary] -> fp32 of the same shape"""
     out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     grid = (logits.shape[0], triton.cdiv(logits.shape[1], _SOFTCAP_BLOCK))
-    softcap_rows[grid](
-        logits, out, logits.shape[1], cap or 1.0, HAS_SOFTCAP=cap is not None, BLOCK=_SOFTCAP_BLOCK, num_warps=4
-    )
+    softcap_rows[grid](logits, out, logits.shape[1], cap, BLOCK=_SOFTCAP_BLOCK, num_warps=4)
     return out
 
 
