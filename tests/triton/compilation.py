@@ -33,7 +33,7 @@ FP32 = {
     *("weight", "q_norm", "k_norm", "frequencies"),
 }
 REAL = {"scale", "softcap", "eps"}
-WHOLE = {"table_row_stride", "table_column_stride", "num_seqs", "width"}
+WHOLE = {"table_row_stride", "table_column_stride", "num_seqs", "num_segments", "width"}
 CACHE = {"keys", "values"}
 
 
@@ -69,19 +69,25 @@ def cases(shared_memory: int) -> Iterator[Case]:
             quantized = cache != "bf16"
             no_scales = {} if quantized else {"key_scales": None, "value_scales": None}
             types = dict.fromkeys(CACHE, f"*{cache}")
-            for decodes_only, segments in ((True, 1), (True, 16), (False, 1)):
-                launch = gpu.plan(spec, 1 if quantized else 2, decodes_only)
-                partial = {} if segments > 1 else dict.fromkeys(("partial_out", "partial_max", "partial_sum"))
+            itemsize = 1 if quantized else 2
+            launches = {
+                "decodes": gpu.plan_decodes(spec, itemsize, num_seqs=256, max_seq_len=8192),
+                "few decodes": gpu.plan_decodes(spec, itemsize, num_seqs=1, max_seq_len=8192),
+                "chunks": gpu.plan_chunks(spec, itemsize, num_tokens=64),
+                "large chunks": gpu.plan_chunks(spec, itemsize, num_tokens=8192),
+            }
+            for kind, launch in launches.items():
+                split = launch.segments > 1
+                partial = {} if split else dict.fromkeys(("partial_out", "partial_max", "partial_sum"))
                 constants = {
                     **attention.constants_of(spec, 16, quantized=quantized),
-                    "DECODES_ONLY": decodes_only,
+                    "DECODES_ONLY": "decodes" in kind,
+                    "SPLIT": split,
                     "BLOCK_M": launch.block_m,
                     "TILE": launch.tile,
-                    "SEGMENTS": segments,
                     **no_scales,
                     **partial,
                 }
-                kind = f"{'decodes' if decodes_only else 'chunks'}, {segments} segments"
                 options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
                 yield Case(f"attend {name} {cache} {kind}", attention.attend, constants, options, types)
             yield Case(
@@ -98,7 +104,7 @@ def cases(shared_memory: int) -> Iterator[Case]:
                 {"num_warps": 2},
                 types,
             )
-    sums = {"NUM_HEADS": 8, "HEAD_DIM": 256, "WINDOW": 0, "TILE": 64, "SEGMENTS": 64}
+    sums = {"NUM_HEADS": 8, "HEAD_DIM": 256, "WINDOW": 0, "TILE": 32, "MAX_SEGMENTS": 64}
     yield Case("add_segments", attention.add_segments, sums, {"num_warps": 4})
     norm = {"HAS_UPDATE": True, "BLOCK": 4096}
     yield Case("rms_norm_rows", pointwise.rms_norm_rows, norm, {"num_warps": 8})

@@ -103,7 +103,7 @@ def test_query_and_key_norms(device: torch.device) -> None:
 def test_long_decodes_in_segments(device: torch.device, window: int | None) -> None:
     steps = [[190, 1, 31, 32, 33], [1] * 5]
     attention = PagedAttention.on(CPU)
-    assert attention.num_segments(5, 191, attention.plan(spec_of(), 4, True).tile) > 1
+    assert attention.plan_decodes(spec_of(), itemsize=4, num_seqs=5, max_seq_len=191).segments > 1
     check(device, spec_of(window=window), steps)
 
 

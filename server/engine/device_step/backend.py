@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     DeviceSampler = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
     """Logits [R, vocabulary] of any floating dtype, which may be overwritten, and the arrays of
-    `SAMPLING_ARRAYS` as tensors -> ids [R], negative where none can be sampled. It never waits for the device."""
+    `SAMPLING_ARRAYS` as tensors -> ids [R], negative where none can be sampled. Never waits for the device."""
 
 
 @runtime_checkable

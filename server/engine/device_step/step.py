@@ -126,8 +126,11 @@ class DeviceStep:
     # --- steps for their costs alone ------------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Records the shape that needs most memory, in which all others find room."""
-        self.record(self.shapes.chunks()[0])
+        """Records the shape that needs most memory, in which all others find room, and those at the other ends,
+        so that all kernels are compiled."""
+        for shapes in (self.shapes.chunks(), self.shapes.decodes()):
+            for shape in (shapes[0], shapes[-1]):
+                self.record(shape)
 
     def record(self, shape: StepShape) -> None:
         """Runs a step of one of `shapes`, to its end, in the null block."""

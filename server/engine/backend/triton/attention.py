@@ -7,8 +7,8 @@ in FlashAttention-2, arXiv 2307.08691). Laws:
 
 - Tiles outside causality and window are not visited; what lies in a visited tile but is not visible is never
   loaded, since a stale slot may hold a NaN.
-- Where a batch has too few programs for the device, the keys of each are dealt out to SEGMENTS programs, whose
-  partial results a second kernel adds up (split-KV, as in Flash-Decoding). The number of segments follows from
+- Where a batch has too few programs for the device, the keys of each are dealt out to several, its segments,
+  whose partial results a second kernel adds up (split-KV, as in Flash-Decoding). Their number follows from
   shapes and bounds that the host knows, never from the lengths, so a launch can be replayed from a graph.
 - Query i of a sequence sees key j if j <= i and, in a window of W, if j > i - W.
 """
@@ -29,10 +29,10 @@ from server.engine.models.config import AttentionSpec
 
 _DECODE_ROWS = 16
 """The fewest rows that a tensor core multiplies."""
-_CHUNK_ROWS = 64
 _MAX_SEGMENTS = 64
 _TILES_PER_SEGMENT = 2
 """At least, at the longest length that a step may have: the sum over segments is not free."""
+_SUMMED_AT_ONCE = tl.constexpr(8)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -81,16 +81,16 @@ def attend(
     HAS_SOFTCAP: tl.constexpr,
     QUANTIZED: tl.constexpr,
     DECODES_ONLY: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
-    SEGMENTS: tl.constexpr,
 ):
-    """Grid: (query blocks, KV_HEADS, SEGMENTS).
+    """Grid: (query blocks, KV_HEADS, segments).
 
     q: [T, NUM_HEADS, HEAD_DIM]; keys, values: [blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM]; out as q. With
-    QUANTIZED, key_scales and value_scales: fp32 [blocks, BLOCK_SIZE, KV_HEADS]. With SEGMENTS > 1 the results
-    go to partial_out, fp32 [T, NUM_HEADS, SEGMENTS, HEAD_DIM], not normalised, and to partial_max and
-    partial_sum, fp32 [T, NUM_HEADS, SEGMENTS]. WINDOW: 0 for none.
+    QUANTIZED, key_scales and value_scales: fp32 [blocks, BLOCK_SIZE, KV_HEADS]. With SPLIT the results go to
+    partial_out, fp32 [T, NUM_HEADS, segments, HEAD_DIM], not normalised, and to partial_max and partial_sum,
+    fp32 [T, NUM_HEADS, segments]. WINDOW: 0 for none.
     """
     q_block, kv_head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = NUM_HEADS // KV_HEADS
@@ -125,8 +125,8 @@ def attend(
         first_key = tl.maximum(first_position - WINDOW + 1, 0)
     first_tile = first_key // TILE
     end_tile = tl.cdiv(end_key, TILE)
-    if SEGMENTS > 1:
-        tiles_per_segment = tl.cdiv(end_tile - first_tile, SEGMENTS)
+    if SPLIT:
+        tiles_per_segment = tl.cdiv(end_tile - first_tile, tl.num_programs(2))
         first_tile += segment * tiles_per_segment
         end_tile = tl.minimum(first_tile + tiles_per_segment, end_tile)
         if first_tile >= end_tile:
@@ -170,8 +170,8 @@ def attend(
         )
         largest = new_largest
 
-    if SEGMENTS > 1:
-        partial = head_rows * SEGMENTS + segment
+    if SPLIT:
+        partial = head_rows * tl.num_programs(2) + segment
         tl.store(partial_out + partial[:, None] * HEAD_DIM + dims[None, :], summed, mask=exists[:, None])
         tl.store(partial_max + partial, largest, mask=exists)
         tl.store(partial_sum + partial, total, mask=exists)
@@ -181,18 +181,19 @@ def attend(
         tl.store(out + head_rows[:, None] * HEAD_DIM + dims[None, :], attended, mask=exists[:, None])
 
 
-@triton.jit(do_not_specialize_on_alignment=["seq_lens"])
+@triton.jit(do_not_specialize=["num_segments"], do_not_specialize_on_alignment=["seq_lens"])
 def add_segments(
     partial_out,
     partial_max,
     partial_sum,
     out,
     seq_lens,
+    num_segments,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    MAX_SEGMENTS: tl.constexpr,
 ):
     """Sums up what `attend` left for a batch of one new token each. Grid: (T, NUM_HEADS)."""
     row, head = tl.program_id(0), tl.program_id(1)
@@ -201,26 +202,40 @@ def add_segments(
     if WINDOW > 0:
         first_key = tl.maximum(seq_len - WINDOW, 0)
     num_tiles = tl.cdiv(seq_len, TILE) - first_key // TILE
-    num_used = tl.cdiv(num_tiles, tl.cdiv(num_tiles, SEGMENTS))
+    num_used = tl.cdiv(num_tiles, tl.cdiv(num_tiles, num_segments))
 
-    segments = tl.arange(0, SEGMENTS)
-    used = segments < num_used
-    dims = tl.arange(0, HEAD_DIM)
     head_row = row.to(tl.int64) * NUM_HEADS + head
-    partial = head_row * SEGMENTS + segments
-    largest = tl.load(partial_max + partial, mask=used, other=float("-inf"))
-    rescale = tl.exp2(largest - tl.max(largest, axis=0))
-    total = tl.sum(tl.load(partial_sum + partial, mask=used, other=0.0) * rescale, axis=0)
-    summed = tl.load(partial_out + partial[:, None] * HEAD_DIM + dims[None, :], mask=used[:, None], other=0.0)
-    attended = tl.sum(summed * rescale[:, None], axis=0) / total
-    tl.store(out + head_row * HEAD_DIM + dims, attended.to(out.dtype.element_ty))
+    first_partial = head_row * num_segments
+    segments = tl.arange(0, MAX_SEGMENTS)
+    used = segments < num_used
+    maxima = tl.load(partial_max + first_partial + segments, mask=used, other=float("-inf"))
+    largest = tl.max(maxima, axis=0)
+    sums = tl.load(partial_sum + first_partial + segments, mask=used, other=0.0)
+    total = tl.sum(sums * tl.exp2(maxima - largest), axis=0)
+
+    dims = tl.arange(0, HEAD_DIM)
+    summed = tl.zeros([HEAD_DIM], tl.float32)
+    for first in range(0, num_used, _SUMMED_AT_ONCE):
+        segment = first + tl.arange(0, _SUMMED_AT_ONCE)
+        partial = first_partial + segment
+        rescale = tl.exp2(
+            tl.load(partial_max + partial, mask=segment < num_used, other=float("-inf")) - largest
+        )
+        addends = tl.load(
+            partial_out + partial[:, None] * HEAD_DIM + dims[None, :],
+            mask=segment[:, None] < num_used,
+            other=0.0,
+        )
+        summed += tl.sum(addends * rescale[:, None], axis=0)
+    tl.store(out + head_row * HEAD_DIM + dims, (summed / total).to(out.dtype.element_ty))
 
 
 class Launch(NamedTuple):
-    """How `attend` is cut up for a device."""
+    """How `attend` is cut up for a device and a step."""
 
     block_m: int
     tile: int
+    segments: int
     num_warps: int
     num_stages: int
 
@@ -262,14 +277,16 @@ class PagedAttention:
         where = step.groups[group]
         num_seqs = step.seq_lens.shape[0]
         decodes_only = step.max_query_len == 1
-        launch = self.plan(spec, cache.keys.element_size(), decodes_only)
-        block_q = launch.block_m * spec.num_kv_heads // spec.num_heads
-        num_q_blocks = num_seqs if decodes_only else len(q) // block_q + num_seqs
-        num_programs = num_seqs * spec.num_kv_heads
-        segments = self.num_segments(num_programs, step.max_seq_len, launch.tile) if decodes_only else 1
+        itemsize = cache.keys.element_size()
+        if decodes_only:
+            launch = self.plan_decodes(spec, itemsize, num_seqs, step.max_seq_len)
+            num_q_blocks = num_seqs
+        else:
+            launch = self.plan_chunks(spec, itemsize, len(q))
+            num_q_blocks = len(q) * spec.num_heads // (launch.block_m * spec.num_kv_heads) + num_seqs
         out = torch.empty_like(q)
-        partial_out, partial_max, partial_sum = _workspace(q, segments)
-        attend[(num_q_blocks, spec.num_kv_heads, segments)](
+        partial_out, partial_max, partial_sum = _workspace(q, launch.segments)
+        attend[(num_q_blocks, spec.num_kv_heads, launch.segments)](
             q,
             cache.keys,
             cache.values,
@@ -289,42 +306,67 @@ class PagedAttention:
             spec.softcap or 1.0,
             **constants_of(spec, step.block_size, quantized=cache.key_scales is not None),
             DECODES_ONLY=decodes_only,
+            SPLIT=launch.segments > 1,
             BLOCK_M=launch.block_m,
             TILE=launch.tile,
-            SEGMENTS=segments,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
-        if segments > 1:
+        if launch.segments > 1:
             add_segments[(len(q), spec.num_heads)](
                 partial_out,
                 partial_max,
                 partial_sum,
                 out,
                 step.seq_lens,
+                launch.segments,
                 NUM_HEADS=spec.num_heads,
                 HEAD_DIM=spec.head_dim,
                 WINDOW=spec.window or 0,
                 TILE=launch.tile,
-                SEGMENTS=segments,
+                MAX_SEGMENTS=_MAX_SEGMENTS,
             )
         return out
 
-    def plan(self, spec: AttentionSpec, itemsize: int, decodes_only: bool) -> Launch:
-        """itemsize: bytes of a number in the cache."""
-        block_m = max(_DECODE_ROWS if decodes_only else _CHUNK_ROWS, spec.num_heads // spec.num_kv_heads)
-        # Two stages of keys and values must fit beside the queries.
-        fits = self._shared_memory // (4 * spec.head_dim * itemsize)
-        # What converts numbers of one byte to two takes registers, of which larger tiles leave none.
-        tile = max(16, min(64 if itemsize > 1 else 32, 1 << (fits.bit_length() - 1)))
-        num_warps = 4 if block_m * spec.head_dim <= _DECODE_ROWS * 256 and itemsize > 1 else 8
-        return Launch(block_m, tile, num_warps, num_stages=2)
+    # Tiles, warps and stages are the fastest of those that were tried on an H200, with 1,024 tokens of context
+    # and heads of 256 numbers (ADR 0026).
 
-    def num_segments(self, num_programs: int, max_seq_len: int, tile: int) -> int:
-        """Into how many parts the keys of each program are dealt out, a power of two."""
+    def plan_decodes(self, spec: AttentionSpec, itemsize: int, num_seqs: int, max_seq_len: int) -> Launch:
+        """For a token of each sequence. itemsize: bytes of a number in the cache."""
+        block_m = max(_DECODE_ROWS, spec.num_heads // spec.num_kv_heads)
+        num_programs = num_seqs * spec.num_kv_heads
+        tile = self._fitting_tile(spec, itemsize, 32)
         wanted = 2 * self._num_multiprocessors // num_programs
         most = min(_MAX_SEGMENTS, max_seq_len // (_TILES_PER_SEGMENT * tile))
-        return 1 << max(0, min(wanted, most).bit_length() - 1)
+        segments = 1 << max(0, min(wanted, most).bit_length() - 1)
+        if itemsize == 1:
+            # What converts numbers of one byte to two takes registers.
+            return Launch(block_m, tile, segments, num_warps=8, num_stages=2)
+        if segments == 1 and self._has_room(itemsize):
+            return Launch(block_m, 64, 1, num_warps=8, num_stages=3)
+        num_warps = 4 if block_m * spec.head_dim <= _DECODE_ROWS * 256 else 8
+        return Launch(block_m, tile, segments, num_warps, num_stages=2)
+
+    def plan_chunks(self, spec: AttentionSpec, itemsize: int, num_tokens: int) -> Launch:
+        """For any mix of sequences with so many new tokens."""
+        group = spec.num_heads // spec.num_kv_heads
+        if itemsize == 1:
+            return Launch(max(64, group), self._fitting_tile(spec, itemsize, 32), 1, num_warps=8, num_stages=2)
+        if not self._has_room(itemsize):
+            return Launch(max(64, group), self._fitting_tile(spec, itemsize, 64), 1, num_warps=8, num_stages=2)
+        # Larger blocks read keys and values less often, but must still be enough for all multiprocessors.
+        if num_tokens * spec.num_heads >= 120 * self._num_multiprocessors:
+            return Launch(max(128, group), 64, 1, num_warps=8, num_stages=2)
+        return Launch(max(64, group), 64, 1, num_warps=4, num_stages=3)
+
+    def _has_room(self, itemsize: int) -> bool:
+        """For 64 keys and values of 16 bits in three stages, as on an H100."""
+        return itemsize == 2 and self._shared_memory >= 200 << 10
+
+    def _fitting_tile(self, spec: AttentionSpec, itemsize: int, most: int) -> int:
+        """Keys and values of which two stages fit beside the queries."""
+        fits = self._shared_memory // (4 * spec.head_dim * itemsize)
+        return max(16, min(most, 1 << (fits.bit_length() - 1)))
 
 
 def _workspace(q: Tensor, segments: int) -> tuple[Any, Any, Any]:
