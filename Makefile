@@ -40,6 +40,10 @@ test: $(DEV)  ## Run all tests but the slow ones; options: make test ARGS="-k to
 test-slow: $(DEV)  ## Run the slow tests; chaos and soak have verbs of their own
 	@$(BIN)/python -m pytest -m "slow and not gpu and not network" --ignore tests/chaos --ignore tests/soak $(ARGS)
 
+.PHONY: test-gpu
+test-gpu: $(DEV)  ## Run the kernels' and the device steps' tests on an NVIDIA GPU, without which those that need it are skipped
+	@$(BIN)/python -m pytest -m "gpu or not slow" tests/gpu tests/triton tests/device_step $(ARGS)
+
 .PHONY: check
 check: $(DEV)  ## Format, lint, types, layout and import direction
 	$(BIN)/ruff format --check .
@@ -67,6 +71,10 @@ bench-structured: $(DEV)  ## Throughput with and without a JSON schema, and the 
 .PHONY: bench-batch
 bench-batch: $(DEV)  ## What clients notice of a batch that runs beside them
 	@$(BIN)/python -m benchmarks.beside_batch $(ARGS)
+
+.PHONY: bench-gpu
+bench-gpu: $(DEV)  ## Step times on an NVIDIA GPU as multiples of what it could do, and throughput; 8 minutes, 22 GB of disk
+	@$(BIN)/python -m benchmarks.gpu.run $(ARGS)
 
 .PHONY: bench-peers
 bench-peers: $(DEV)  ## Measure vLLM, llama.cpp and this server in one run for docs/performance.md; ARGS="--help" lists its options

@@ -33,7 +33,7 @@ SHAPE_7B = read_hf(
 _SHAPE_TINY = read_hf(
     {
         "model_type": "gemma",
-        "vocab_size": 8192,
+        "vocab_size": 256_000,  # the letters are among the last pieces
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,

@@ -122,7 +122,8 @@ def measure(model: Path, options: dict[str, Any], plan: Plan, device: str, deadl
         model_path=str(model),
         device=device,
         max_num_seqs=max(plan.batches),
-        max_num_batched_tokens=max(*plan.chunks, *plan.batches),
+        # A prompt takes half of a step at most.
+        max_num_batched_tokens=max(2 * max(plan.chunks), *plan.batches),
         # Prompts are only there to fill the cache: as large a piece as a step holds, whatever it costs streams.
         prefill_stretch=1000.0,
         enable_prefix_caching=False,

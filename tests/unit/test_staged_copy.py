@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from server.engine.models import staged_copy
 from server.engine.models.safetensors_dir import StoredTensor, read_tensors
-from server.engine.models.staged_copy import in_threads, to_gpu
+from server.engine.models.staged_copy import in_threads
 
 
 def numbered(count: int) -> Iterator[tuple[str, Tensor]]:
@@ -74,19 +73,3 @@ def test_what_was_read_of_a_file_outlives_the_file_s_turn(tmp_path: Path) -> Non
     tensors = dict(read_tensors(stored))
     assert tensors["t0"].unique().tolist() == [0.0]
     assert tensors["t1"].unique().tolist() == [1.0]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gets_every_byte(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staged_copy, "_STAGED_BYTES", 1 << 12)  # so that tensors come in many parts
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        f"t{index}": torch.randn((index + 1, 1023), generator=generator).to(dtype)
-        for index, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16) * 7)
-    }
-    results = dict(to_gpu(tensors.items(), torch.device("cuda")))
-    assert list(results) == list(tensors)
-    for name, tensor in tensors.items():
-        assert results[name].is_cuda
-        assert torch.equal(results[name].cpu(), tensor)

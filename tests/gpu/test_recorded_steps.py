@@ -10,11 +10,6 @@ from server.engine.sequence import Sequence
 from tests.device_step.driver import Driver, static_model
 from tests.parity.harness import Engine, our_model, prompt, request
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 
 @pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
 def test_graphs_give_what_each_sequence_gives_alone_on_a_cpu(name: str) -> None:
