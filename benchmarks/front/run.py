@@ -1,0 +1,198 @@
+"""`make bench-front`: tokens a second that the HTTP side delivers, how late, and what a stream costs.
+
+The engine is a stand-in that emits a token of each stream in steps at a set rate; the clients read and do
+little else. All share the machine. A delay is the time from a token's emission to its arrival at the client.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+import psutil
+
+from benchmarks.front.engine import MAX_STEPS, VARIABLE, Plan, steps_in
+from benchmarks.front.reader import Job
+from benchmarks.front.words import Words, delays_of
+from benchmarks.machine import describe_machine
+from benchmarks.serve import RESULTS, free_port
+from server import embedded_model
+from server.cache_directory import cache_directory
+from server.gguf_tokenizer import tokenizer_for_gguf
+from server.tokenizer import Tokenizer
+
+_COLUMNS = ("streams", "tok/s each", "tok/s", "events/s", "p50 ms", "p99 ms", "max ms", "CPU", "KiB a stream")
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    streams: int
+    rate: float
+    """Tokens a second of each."""
+
+    @classmethod
+    def of(cls, text: str) -> Scenario:
+        streams, rate = text.split("x")
+        return cls(int(streams), float(rate))
+
+
+async def measure(
+    scenario: Scenario, words: Words, seconds: float, options: Sequence[str], folder: Path
+) -> dict[str, Any]:
+    """One scenario with a server of its own. Raises RuntimeError where the server or the readers fail."""
+    plan = Plan(
+        steps_per_second=scenario.rate,
+        token_ids=list(words.token_ids),
+        times_file=str(folder / "times"),
+        vocab_size=1 << 18,
+        max_num_seqs=scenario.streams,
+    )
+    np.memmap(plan.times_file, dtype=np.float64, mode="w+", shape=(MAX_STEPS,)).flush()
+    async with _server(plan, options) as (process, port, model):
+        before = _resident(process)
+        job = Job(port, model, scenario.streams, seconds, list(words.words), str(folder / "arrivals.npy"))
+        reader = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "benchmarks.front.reader"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        reader.stdin.write(msgspec.json.encode(job))
+        reader.stdin.write_eof()
+        if not await reader.stdout.readline():
+            raise RuntimeError("the streams did not all begin")
+        opened = _resident(process)
+        cpu, began = _cpu_seconds(process), time.monotonic()
+        await asyncio.sleep(1.0 + seconds)
+        used = (_cpu_seconds(process) - cpu) / (time.monotonic() - began)
+        counts = json.loads(await reader.stdout.read() or b"null")
+        await reader.wait()
+    if counts is None:
+        raise RuntimeError("the readers failed")
+    arrivals = np.load(job.out)
+    delays = delays_of(arrivals[:, 0].astype(np.int64), arrivals[:, 1], steps_in(Path(plan.times_file)))
+    p50, p99 = np.percentile(delays, (50, 99))
+    return {
+        "streams": scenario.streams,
+        "rate": scenario.rate,
+        "tokens_per_second": counts["tokens"] / counts["seconds"],
+        "events_per_second": counts["events"] / counts["seconds"],
+        "delay_ms": {"p50": p50 * 1e3, "p99": p99 * 1e3, "max": delays.max() * 1e3},
+        "front_cpu": used,
+        "bytes_per_stream": (opened - before) / scenario.streams,
+    }
+
+
+@asynccontextmanager
+async def _server(plan: Plan, options: Sequence[str]) -> AsyncIterator[tuple[psutil.Process, int, str]]:
+    port = free_port()
+    command = [sys.executable, "-m", "benchmarks.front.serve", "--port", str(port), "--disable-access-log"]
+    command += ["--log-level", "warning", "--max-queued-requests", "100000", *options]
+    environment = os.environ | {VARIABLE: msgspec.json.encode(plan).decode()}
+    process = await asyncio.create_subprocess_exec(*command, env=environment)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            deadline = time.monotonic() + 60
+            while not await _is_ready(client):
+                if process.returncode is not None or time.monotonic() > deadline:
+                    raise RuntimeError("the server did not become ready")
+                await asyncio.sleep(0.1)
+            model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        yield psutil.Process(process.pid), port, model
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def _is_ready(client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get("/readyz")).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _fronts(process: psutil.Process) -> list[psutil.Process]:
+    """All of the server's processes but the stand-in."""
+    children = process.children(recursive=True)
+    return [process, *(one for one in children if "benchmarks.front.engine" not in " ".join(one.cmdline()))]
+
+
+def _resident(process: psutil.Process) -> int:
+    return sum(one.memory_info().rss for one in _fronts(process))
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    return sum(sum(one.cpu_times()[:2]) for one in _fronts(process))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [list(_COLUMNS)]
+    for row in rows:
+        delay = row["delay_ms"]
+        lines.append(
+            [
+                str(row["streams"]),
+                f"{row['rate']:g}",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['events_per_second']:,.0f}",
+                *(f"{delay[name]:.0f}" for name in ("p50", "p99", "max")),
+                f"{row['front_cpu']:.2f}",
+                f"{row['bytes_per_stream'] / 1024:.0f}",
+            ]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+    )
+
+
+async def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    tokenizer = Tokenizer.from_file(tokenizer_for_gguf(embedded_model.locate(), cache_directory()))
+    words, rows = Words.of(tokenizer), []
+    for scenario in arguments.scenarios:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(
+                await measure(scenario, words, arguments.seconds, arguments.options.split(), Path(folder))
+            )
+        print(table(rows[-1:]), flush=True)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make bench-front", description=(__doc__ or "").split("\n")[0])
+    default = [Scenario.of(text) for text in ("256x25", "256x50", "256x100", "1000x5")]
+    parser.add_argument(
+        "--scenarios", nargs="+", type=Scenario.of, default=default, help="streams x tokens a second of each"
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each scenario")
+    parser.add_argument("--options", default="", help="more options of the server, in one string")
+    parser.add_argument(
+        "--out", type=Path, help="the JSON file; benchmarks/results/front-TIME.json if not given"
+    )
+    arguments = parser.parse_args(argv)
+    rows = asyncio.run(run(arguments))
+    path = arguments.out or RESULTS / f"front-{time.strftime('%Y-%m-%dT%H%M%S')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"machine": describe_machine(), "options": arguments.options, "rows": rows}
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{table(rows)}\n\nwritten to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
