@@ -20,6 +20,7 @@ from server.batches.objects import FINAL_STATUSES, BatchStatus
 from server.engine.types import FinishReason, StepStats
 from server.frontend.client import EngineLoss, LossCause
 from server.frontend.served_model import ServedModel
+from server.histogram import TokenHistogram
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -228,15 +229,15 @@ class RequestMetrics:
         )
         self._aborted = {stage: aborted.labels(stage) for stage in ABORT_STAGES}
         self._histograms = {
-            name: Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=registry).labels(
-                model_name, "0"
+            name: TokenHistogram(
+                f"vllm:{name}", text, dict(zip(LABELS, (model_name, "0"), strict=True)), buckets, registry
             )
             for name, (text, buckets) in REQUEST_HISTOGRAMS.items()
         }
 
-    def observe(self, name: str, value: float) -> None:
-        """Add to the histogram `name` of REQUEST_HISTOGRAMS."""
-        self._histograms[name].observe(value)
+    def observe(self, name: str, value: float, count: int = 1) -> None:
+        """Add `count` equal values to the histogram `name` of REQUEST_HISTOGRAMS."""
+        self._histograms[name].observe(value, count)
 
     def ended(self, reason: FinishReason) -> None:
         self._ended[reason].inc()

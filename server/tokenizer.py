@@ -7,8 +7,8 @@ Laws:
 2. The text of a token sequence is the concatenation of its `token_bytes`, decoded as UTF-8 with one U+FFFD for
    each byte that is not part of a character. So a prefix of the ids decodes to a prefix of the text, but for
    the bytes of a character that is still incomplete.
-3. Nothing changes after construction: one instance serves every thread, and encoding releases the GIL, so long
-   texts belong in a worker thread.
+3. Nothing that can be seen changes after construction: one instance serves every thread, and encoding releases
+   the GIL, so long texts belong in a worker thread.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ class Tokenizer:
         )
         backend.encode_special_tokens = True  # special tokens in a text are text: law 1
         self._backend = backend
+        self._whole_texts: dict[int, str | None] = {}
 
         added = backend.get_added_tokens_decoder()
         self._controls = {token.content: token_id for token_id, token in added.items() if token.special}
@@ -207,6 +208,19 @@ class Tokenizer:
         if byte is not None:
             return bytes([int(byte[1], 16)])
         return piece.replace("▁", " ").encode()
+
+    def whole_text(self, token_id: int) -> str | None:
+        """`token_bytes` as text, if they are whole characters. Remembered: streams ask for each token."""
+        try:
+            return self._whole_texts[token_id]
+        except KeyError:
+            pass
+        try:
+            text = self.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            text = None
+        self._whole_texts[token_id] = text
+        return text
 
     def token_text(self, token_id: int) -> str:
         """`token_bytes` as text for people; U+FFFD for a byte that is no character by itself."""

@@ -7,6 +7,7 @@ do: GEMMA_FRONT_BENCHMARK is a `Plan` in JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import queue
 import socket
@@ -115,13 +116,14 @@ def main() -> int:
     lock = threading.Lock()
 
     def send(message: FromEngine) -> None:
-        with lock:
+        with lock, contextlib.suppress(BrokenPipeError):
             connection.sendall(transport.encode_frame(message))
 
     def read() -> None:
-        while (payload := transport.read_frame(connection)) is not None:
-            inbox.put(transport.decode_to_engine(payload))
-        os._exit(0)
+        with contextlib.suppress(OSError):
+            while (payload := transport.read_frame(connection)) is not None:
+                inbox.put(transport.decode_to_engine(payload))
+        os._exit(0)  # the front is gone
 
     threading.Thread(target=read, daemon=True).start()
     inbox.get()  # Start

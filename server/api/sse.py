@@ -8,10 +8,13 @@ with names, and say the same in their own way.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus, SendTimeoutError
@@ -92,7 +95,7 @@ class GenerationStream(EventSourceResponse):
             headers={"cache-control": "no-cache", **headers},
             ping=config.sse_keep_alive_interval,
             ping_message_factory=form.ping,
-            send_timeout=SEND_SECONDS,
+            send_timeout=SEND_SECONDS,  # of pings
             client_close_handler_callable=self._on_close,
         )
 
@@ -107,6 +110,22 @@ class GenerationStream(EventSourceResponse):
             self._metrics.open_streams.dec()
             await self._frames.aclose()
             self._generation.release()
+
+    async def _stream_response(self, send: Send) -> None:
+        """As the library's, but with one timer for all events, not one for each. Raises SendTimeoutError."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async with asyncio.timeout(None) as limit:
+                with _Sending(limit) as sending:
+                    async for event in self._frames:
+                        sending.since = sending.clock()
+                        await send({"type": "http.response.body", "body": event, "more_body": True})
+                        sending.since = None
+        except TimeoutError:
+            raise SendTimeoutError from None
+        async with self._send_lock:
+            self.active = False
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _frame(self, chunks: AsyncGenerator[object, None]) -> AsyncGenerator[bytes, None]:
         try:
@@ -131,3 +150,33 @@ class GenerationStream(EventSourceResponse):
     def _client_left(self) -> None:
         self._request.state.client_left = True
         self._metrics.disconnects.inc()
+
+
+class _Sending:
+    """Has `limit` expire once a send has taken SEND_SECONDS, or twice that at most."""
+
+    def __init__(self, limit: asyncio.Timeout) -> None:
+        self._limit = limit
+        self._loop = asyncio.get_running_loop()
+        self.clock = self._loop.time
+        self.since: float | None = None
+        """When the present send began, by `clock`."""
+
+    def __enter__(self) -> Self:
+        self._timer = self._loop.call_later(SEND_SECONDS, self._check)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._timer.cancel()
+
+    def _check(self) -> None:
+        now = self.clock()
+        if self.since is not None and now - self.since >= SEND_SECONDS:
+            self._limit.reschedule(now)
+        else:
+            self._timer = self._loop.call_later(SEND_SECONDS, self._check)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from server.tokenizer import BYTE_REPLACEMENT, Tokenizer
@@ -38,6 +38,21 @@ class Detokenizer:
     def has_incomplete_character(self) -> bool:
         """Whether bytes are held back."""
         return self._decoder.getstate()[0] != b""
+
+    def whole(self, token_ids: Iterable[int]) -> str | None:
+        """The text that these tokens complete, if each of them begins and ends with a character; None, and
+        nothing has changed, if one of them needs `push`."""
+        if self.has_incomplete_character:
+            return None
+        texts = []
+        for token_id in token_ids:
+            if token_id in self._silent_ids:
+                continue
+            text = None if token_id in self._marks else self._tokenizer.whole_text(token_id)
+            if text is None:
+                return None
+            texts.append(text)
+        return "".join(texts)
 
     def push(self, token_id: int) -> str:
         """The text that became complete with this token; may be empty."""

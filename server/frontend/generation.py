@@ -18,6 +18,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import msgspec
+
 from server.engine.types import (
     FinishReason,
     GenerateRequest,
@@ -77,8 +79,7 @@ class Origin:
     client_request_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class ChoiceDelta:
+class ChoiceDelta(msgspec.Struct, frozen=True):
     """What one choice gained."""
 
     index: int
@@ -325,8 +326,7 @@ class _Choice:
             metrics.observe("time_to_first_token_seconds", now - self._arrival)
         else:
             # An output that holds several tokens is several that were merged on the way.
-            for _ in range(num_new):
-                metrics.observe("inter_token_latency_seconds", (now - self._last_token_at) / num_new)
+            metrics.observe("inter_token_latency_seconds", (now - self._last_token_at) / num_new, num_new)
         self._last_token_at = now
         metrics.generation_tokens.inc(num_new)
 

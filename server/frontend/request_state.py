@@ -11,6 +11,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
+
+import msgspec
 
 from server.engine.types import FinishReason, SequenceOutput, TokenLogprob
 from server.frontend.detokenizer import Detokenizer
@@ -34,8 +37,7 @@ class StopConditions:
     """Stop tokens that are not reported as `stop_reason`: those of the model, not of the request."""
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(msgspec.Struct, frozen=True):
     """What one step added to a choice."""
 
     text: str
@@ -87,6 +89,8 @@ class RequestState:
         """Take in one output. None: it adds nothing to be told, or the choice has ended before."""
         if self.is_finished:
             return None
+        if (delta := self._update_plain(output)) is not None:
+            return delta
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         self._has_logprobs = self._has_logprobs or output.logprobs is not None
         for index, token_id in enumerate(output.token_ids):
@@ -103,6 +107,21 @@ class RequestState:
         if output.finish_reason is not None and self._match is None:
             self._add_text(self._detokenizer.finish())
         return self._delta(output)
+
+    def _update_plain(self, output: SequenceOutput) -> TextDelta | None:
+        """What `update` comes to where nothing is held back, stops or has logprobs, as for most tokens of most
+        streams; None, and nothing has changed, where that is not so."""
+        token_ids = output.token_ids
+        is_plain = output.finish_reason is None and output.logprobs is None and output.num_cached_tokens == 0
+        if not is_plain or self._matchers or self._tokens or self._held_text or self._has_logprobs:
+            return None
+        text = self._detokenizer.whole(token_ids) if token_ids else None
+        if text is None:
+            return None
+        self.num_generated += len(token_ids)
+        self._released += len(text)
+        untold, self._untold = self._untold, []
+        return TextDelta(text, token_ids, None, untold + token_ids, None, None)
 
     def _add_token(self, token_id: int, logprob: TokenLogprob | None) -> None:
         start = self._released + len(self._held_text)
@@ -180,8 +199,7 @@ class RequestState:
         return tokens
 
 
-@dataclass(frozen=True, slots=True)
-class _HeldToken:
+class _HeldToken(NamedTuple):
     token_id: int
     logprob: TokenLogprob | None
     start: int
