@@ -11,7 +11,7 @@ from server.engine.dtype import DType
 from server.engine.models.config import AttentionSpec
 from tests.triton.layers import OneLayer, Sequences
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+GPU = torch.device("cuda")
 
 GEMMA_2B = AttentionSpec(8, 1, 256, 1 / 16, None, None)
 GEMMA_7B = AttentionSpec(16, 16, 256, 1 / 16, None, None)
@@ -31,7 +31,7 @@ STEPS = {
 def test_attention_is_the_reference_s(spec: AttentionSpec, kv_cache_dtype: str, steps: list[list[int]]) -> None:
     sequences = Sequences(steps, block_size=16)
     dtype, bf16 = DType.BFLOAT16, torch.bfloat16
-    reference = OneLayer(ReferenceBackend(CPU, dtype, "none", kv_cache_dtype), CPU, spec, bf16)
+    reference = OneLayer(ReferenceBackend(GPU, dtype, "none", kv_cache_dtype), GPU, spec, bf16)
     triton = OneLayer(TritonBackend(GPU, dtype, kv_cache_dtype), GPU, spec, bf16, poison=float("nan"))
     for got, expected in zip(triton.run(sequences), reference.run(sequences), strict=True):
         assert (got.float() - expected.float()).norm() < 1e-2 * expected.float().norm()
