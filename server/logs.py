@@ -27,7 +27,7 @@ from typing import Literal
 from server.request_scope import request_scope
 
 Form = Literal["text", "json"]
-Process = Literal["front", "engine"]
+Process = Literal["front", "engine", "rank"]
 
 logger = logging.getLogger(__name__)
 

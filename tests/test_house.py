@@ -26,7 +26,7 @@ DOCKER_OPTIONS = {"--build", "--build-arg", "--gpus", "--profile", "--read-only"
 
 MAY_IMPORT_TORCH = re.compile(
     r"server\.engine\.(device|memory|models\.(loader|gguf_dequant|safetensors_dir|staged_copy)"
-    r"|backend\.\w+(\.\w+)?|device_step\.(cuda|inputs|step)|sampling\.(sampler|logprobs|penalties|blocks))"
+    r"|backend\.\w+(\.\w+)?|parallel\.(ranks|leader)|device_step\.(cuda|inputs|step)|sampling\.(sampler|logprobs|penalties|blocks))"
 )
 
 # (importing module, what it must not import, except). Patterns match whole dotted names.

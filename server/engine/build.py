@@ -41,6 +41,8 @@ from server.engine.types import EngineConfig, EngineInfo
 
 if TYPE_CHECKING:
     from server.engine.device_step.assemble import StepMaker
+    from server.engine.inputs import ModelInputs
+    from server.engine.parallel.ranks import Ranks
 
 Progress = Callable[[str, float], None]
 """Called with a stage's name and the fraction of it that is done."""
@@ -98,21 +100,52 @@ def build_engine(
         raise StartError(f"cannot load {config.model_path}: {error}") from error
 
 
-def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -> tuple[EngineCore, EngineInfo]:
-    device = resolve_device(config.device)
-    num_threads = config.num_threads or default_num_threads()
-    dtype = resolve_dtype(config.dtype)
-    free_bytes = available_bytes(device)
-    backend = choose_backend(
-        config.backend,
+def build_rank(config: EngineConfig, ranks: Ranks) -> Callable[[ModelInputs], object]:
+    """Loads what a rank other than 0 has of the model. Returns what computes its part of a step.
+
+    Raises ValueError, OSError, RuntimeError.
+    """
+    device, backend = resolve_device(config.device), _backend(config)
+    source = open_weights(
+        Path(config.model_path), backend, device, config.weight_cache, ranks.rank, ranks.num_ranks
+    )
+    limits = _limits(config, source.config, _DEFAULTS[device])
+    model = ranks.model(source.config, backend, source.load(lambda fraction: None))
+    groups = source.config.kv_groups()
+    kv = KVTensors(backend, groups, ranks.broadcast([0] * len(groups)), limits.block_size)
+    return model.capture(kv.by_layer, limits.max_num_batched_tokens)
+
+
+def _backend(config: EngineConfig) -> AnyBackend:
+    device, name = resolve_device(config.device), config.backend
+    if config.tensor_parallel_size > 1 and device == "cpu":
+        if name == "native":
+            raise StartError("--backend native computes in one process: leave --tensor-parallel-size out")
+        name = "reference"
+    return choose_backend(
+        name,
         config.cpu_isa,
         device,
-        dtype,
-        num_threads,
+        resolve_dtype(config.dtype),
+        config.num_threads or default_num_threads(),
         config.quantization,
         config.kv_cache_dtype,
     )
-    source = open_weights(Path(config.model_path), backend, device, config.weight_cache)
+
+
+def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -> tuple[EngineCore, EngineInfo]:
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype)
+    ranks = None
+    if config.tensor_parallel_size > 1:
+        from server.engine.parallel.leader import gather_ranks
+
+        ranks = gather_ranks(config, device)
+    free_bytes = available_bytes(device)
+    backend = _backend(config)
+    source = open_weights(
+        Path(config.model_path), backend, device, config.weight_cache, 0, config.tensor_parallel_size
+    )
     check_dtype(dtype, source.config)
     limits = _limits(config, source.config, _DEFAULTS[device])
     weights_size = weight_bytes(source.config, dtype.itemsize, config.quantization)
@@ -126,7 +159,8 @@ def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -
     has_size = config.kv_cache_memory_bytes is not None or config.num_blocks_override is not None
     allowed = free_bytes if has_size else allowed_bytes(device, share, free_bytes)
     maker = _step_maker(backend, config, limits)
-    model = GemmaModel(source.config, backend, source.load(lambda fraction: progress("weights", fraction)))
+    weights = source.load(lambda fraction: progress("weights", fraction))
+    model = (ranks.model if ranks is not None else GemmaModel)(source.config, backend, weights)
 
     progress("kv cache", 0.0)
     groups = source.config.kv_groups()
@@ -144,6 +178,8 @@ def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -
             )
             budget = _kv_budget(config, _DEFAULTS[device], allowed - used, least)
         num_blocks = size_kv_pools(groups, bytes_per_block, budget, limits)
+    if ranks is not None:
+        ranks.broadcast(num_blocks)
     kv = KVTensors(backend, groups, num_blocks, limits.block_size)
     manager = KVCacheManager(
         groups, num_blocks, limits.block_size, config.enable_prefix_caching, limits.max_num_batched_tokens
@@ -188,8 +224,8 @@ def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -
 
 
 def _step_maker(backend: AnyBackend, config: EngineConfig, limits: PoolLimits) -> StepMaker | None:
-    """None if the back end computes while the host waits."""
-    if not isinstance(backend, DeviceBackend):
+    """None if the back end computes while the host waits, or other ranks have to hear of each step."""
+    if config.tensor_parallel_size > 1 or not isinstance(backend, DeviceBackend):
         return None
     from server.engine.device_step.assemble import StepMaker  # imports torch, as such a back end has done
 

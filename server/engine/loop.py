@@ -9,7 +9,6 @@ the model.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import logging
 import os
@@ -25,6 +24,7 @@ import msgspec
 from server import logs
 from server.engine import transport
 from server.engine.core import EngineCore
+from server.engine.lifeline import die_with_parent
 from server.engine.pulse import Pulse
 from server.engine.stages import StageTimes
 from server.engine.types import (
@@ -119,7 +119,7 @@ def main() -> int:
     arguments = parser.parse_args()
     logs.configure(arguments.log_level, arguments.log_format, "engine")
     logs.dump_stacks_on_signal()
-    _die_with_parent()
+    die_with_parent()
     # Ctrl-C reaches the whole process group; the front decides when the engine ends, by closing the socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -159,13 +159,6 @@ def _write(connection: socket.socket, outbox: queue.SimpleQueue[FromEngine | Non
     except OSError:
         # The front is gone; the reader notices the same and ends the loop.
         return
-
-
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when the front dies, even while it loads or computes."""
-    pr_set_pdeathsig = 1  # <sys/prctl.h>
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Whether each step is launched while the one before it is computed; None: where the back end can."""
     speculative_ngram_tokens: int | None = None
     """Guessed tokens that one step checks at most; 0: none. None: chosen by back end."""
+    tensor_parallel_size: int = 1
+    """Devices, with a process each, that compute one model together."""
     block_size: int = 16
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float | None = None

@@ -29,11 +29,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def _identity(x: Any) -> Any:
+    return x
+
+
 class GemmaModel:
     """A loaded model. Stateless but for its weights: keys and values are the caller's."""
 
-    def __init__(self, config: GemmaConfig, backend: AnyBackend, weights: PreparedWeights) -> None:
-        """weights: what `prepare_weights` returns."""
+    def __init__(
+        self,
+        config: GemmaConfig,
+        backend: AnyBackend,
+        weights: PreparedWeights,
+        add_up: Callable[[Any], Any] = _identity,
+    ) -> None:
+        """weights: what `prepare_weights` returns. add_up: makes the whole of what the last matrices of
+        attention and MLP give, where other processes have parts of it."""
         self.config = config
         self.backend = backend
         self._eps = config.rms_norm_eps
@@ -45,7 +56,7 @@ class GemmaModel:
         }
         self._input_norm = weights["layers.0.input_layernorm.weight"]
         self._layers = [
-            _Layer(config, index, group_of_layer[index], backend, weights)
+            _Layer(config, index, group_of_layer[index], backend, weights, add_up)
             for index in range(len(config.layers))
         ]
 
@@ -83,7 +94,13 @@ class GemmaModel:
 
 class _Layer:
     def __init__(
-        self, config: GemmaConfig, index: int, group: int, backend: AnyBackend, weights: PreparedWeights
+        self,
+        config: GemmaConfig,
+        index: int,
+        group: int,
+        backend: AnyBackend,
+        weights: PreparedWeights,
+        add_up: Callable[[Any], Any],
     ) -> None:
         def weight(name: str) -> Any:
             return weights[f"layers.{index}.{name}.weight"]
@@ -95,6 +112,7 @@ class _Layer:
             return lambda x: backend.rms_norm(x, norm, config.rms_norm_eps)
 
         self._backend = backend
+        self._add_up = add_up
         self._eps = config.rms_norm_eps
         self._attention = AttentionLayer.of(
             config.layers[index],
@@ -120,15 +138,11 @@ class _Layer:
         backend = self._backend
         qkv = backend.linear(normed, self._qkv)
         attended = backend.linear(backend.attention(qkv, self._attention, cache, step), self._output)
-        update = self._post_attention(attended)
+        update = self._post_attention(self._add_up(attended))
         residual, normed = backend.add_rms_norm(residual, update, self._pre_mlp_norm, self._eps)
         activated = backend.geglu(backend.linear(normed, self._gate_up))
-        update = self._post_mlp(backend.linear(activated, self._down))
+        update = self._post_mlp(self._add_up(backend.linear(activated, self._down)))
         return backend.add_rms_norm(residual, update, self._next_norm, self._eps)
-
-
-def _identity(x: Any) -> Any:
-    return x
 
 
 # --- weights -----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from server.engine.backend.base import AnyBackend, PreparedWeights
 from server.engine.backend.native import NativeBackend
 from server.engine.models.config import GemmaConfig
 from server.engine.models.gemma import prepare_weights
+from server.engine.parallel.shards import shard_config, shard_weights
 from server.engine.weight_cache import WeightCache
 
 if TYPE_CHECKING:
@@ -34,8 +35,11 @@ class WeightSource:
     """Can be called once. Raises ValueError (LoadError, GGUFError, ConfigError) and OSError."""
 
 
-def open_weights(path: Path, backend: AnyBackend, device: str, use_cache: bool) -> WeightSource:
-    """path: a .gguf file, or a directory with config.json and *.safetensors.
+def open_weights(
+    path: Path, backend: AnyBackend, device: str, use_cache: bool, rank: int = 0, num_ranks: int = 1
+) -> WeightSource:
+    """path: a .gguf file, or a directory with config.json and *.safetensors. rank, num_ranks: whose part of the
+    model, of how many.
 
     Raises LoadError, GGUFError and ConfigError, which are ValueErrors, and OSError.
     """
@@ -49,15 +53,17 @@ def open_weights(path: Path, backend: AnyBackend, device: str, use_cache: bool) 
     from server.engine.models.loader import open_checkpoint
 
     checkpoint = open_checkpoint(path)
+    config = shard_config(checkpoint.config, num_ranks)
 
     def load(report: ReportFraction) -> PreparedWeights:
         tensors = _reporting(checkpoint, backend, device, report)
-        weights = prepare_weights(checkpoint.config, backend, tensors)
+        parts = shard_weights(checkpoint.config, tensors, rank, num_ranks)
+        weights = prepare_weights(config, backend, parts)
         if cache is not None:
-            cache.write(checkpoint.config, weights)
+            cache.write(config, weights)
         return weights
 
-    return WeightSource(checkpoint.config, load)
+    return WeightSource(config, load)
 
 
 def _reporting(

@@ -1,0 +1,89 @@
+"""One model on several ranks, which are processes on the CPU, gives what one process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.parity.harness import CONFIGS, checkpoint, hf_logits
+
+ROOT = Path(__file__).parents[2]
+NAMES = ["gemma1-multi-query", "gemma2-tight-softcaps", "gemma1", "gemma3"]
+"""With 1 KV head, 2, 2 and 2, so that 4 ranks share them in each case; with windows and soft-caps, too."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name in NAMES:
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(CONFIGS[name]))
+        weights = {f"model.{key}": tensor for key, tensor in checkpoint(name)}
+        save_file(weights, folder / name / "model.safetensors")
+    return folder
+
+
+def drive(models: Path, name: str, num_ranks: int, *more: str) -> dict[str, Any]:
+    """What tests.parallel.drive_engine prints, in a process of its own, since it becomes rank 0."""
+    command = [sys.executable, "-m", "tests.parallel.drive_engine", str(models / name), str(num_ranks), *more]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert run.returncode == 0, run.stderr[-3000:]
+    result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.mark.parametrize(
+    "name", [*NAMES[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[2:])]
+)
+def test_two_and_four_ranks_give_what_one_gives(models: Path, name: str) -> None:
+    one = drive(models, name, 1)
+    assert len(one["tokens"]["r0"]) == 12
+    for num_ranks in (2, 4):
+        some = drive(models, name, num_ranks)
+        assert some["tokens"] == one["tokens"]
+        torch.testing.assert_close(
+            torch.tensor(some["logprobs"]), torch.tensor(one["logprobs"]), atol=2e-5, rtol=0
+        )
+
+
+def test_their_logits_are_those_of_transformers(models: Path) -> None:
+    result = drive(models, "gemma1-multi-query", 2)
+    logits = hf_logits("gemma1-multi-query", result["prompt"])
+    expected = torch.log_softmax(logits[:-1], dim=-1).gather(1, torch.tensor(result["prompt"][1:])[:, None])
+    torch.testing.assert_close(torch.tensor(result["logprobs"]), expected[:, 0], atol=2e-5, rtol=0)
+
+
+def test_a_rank_that_ends_ends_the_others(models: Path) -> None:
+    command = [sys.executable, "-m", "tests.parallel.drive_engine", str(models / "gemma1"), "2", "wait"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as engine:
+        assert engine.stdout is not None
+        other = int(engine.stdout.readline())
+        os.kill(other, signal.SIGKILL)
+        _, error = engine.communicate(timeout=60)
+    assert engine.returncode != 0
+    assert "RuntimeError" in error
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "message"),
+    [
+        (3, "--tensor-parallel-size 3 does not divide"),
+        (8, "--tensor-parallel-size 8 does not divide the model"),
+    ],
+)
+def test_what_cannot_be_dealt_out_is_refused(models: Path, num_ranks: int, message: str) -> None:
+    command = [sys.executable, "-m", "tests.parallel.drive_engine", str(models / "gemma1"), str(num_ranks)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert run.returncode != 0
+    assert f"StartError: {message}" in run.stderr
