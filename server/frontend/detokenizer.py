@@ -46,9 +46,11 @@ class Detokenizer:
             return None
         texts = []
         for token_id in token_ids:
+            if token_id in self._marks:
+                return None
             if token_id in self._silent_ids:
                 continue
-            text = None if token_id in self._marks else self._tokenizer.whole_text(token_id)
+            text = self._tokenizer.whole_text(token_id)
             if text is None:
                 return None
             texts.append(text)

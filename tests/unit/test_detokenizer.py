@@ -74,3 +74,32 @@ def test_a_skipped_token_does_not_break_a_character() -> None:
 
 def test_control_tokens_have_no_text() -> None:
     assert "".join(stream(TINY, [2, 5])) == ""
+
+
+IDS = st.lists(st.integers(0, TINY.vocab_size + 3), max_size=6)
+
+
+@given(before=IDS, ids=IDS, marked=st.sets(st.integers(0, TINY.vocab_size)), skip=st.booleans())
+def test_tokens_that_are_whole_characters_come_at_once_as_they_come_one_by_one(
+    before: list[int], ids: list[int], marked: set[int], skip: bool
+) -> None:
+    at_once, one_by_one = (
+        Detokenizer(TINY, skip, {token_id: f"<{token_id}>" for token_id in marked}) for _ in range(2)
+    )
+    for token_id in before:
+        assert at_once.push(token_id) == one_by_one.push(token_id)
+    expected = "".join(one_by_one.push(token_id) for token_id in ids)
+    text = at_once.whole(ids)
+    assert text in (expected, None)
+    if text is None:
+        assert "".join(at_once.push(token_id) for token_id in ids) == expected
+    assert at_once.finish() == one_by_one.finish()
+
+
+def test_most_tokens_are_whole_characters() -> None:
+    detokenizer = Detokenizer(TINY)
+    assert detokenizer.whole(TINY.encode_text("hello")) == "hello"
+    byte = 8 + "é".encode()[0]
+    assert detokenizer.whole([byte]) is None
+    detokenizer.push(byte)
+    assert detokenizer.whole(TINY.encode_text("hello")) is None
