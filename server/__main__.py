@@ -48,20 +48,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve(arguments: Sequence[str]) -> int:
     # Not imported above: `--help` and `version` answer at once.
     from server.api_keys import KeyRing, check_exposure
+    from server.engine.parallel.places import HostPlace, PlaceError
     from server.moderation import load_policies
 
     try:
         config = load_config(arguments)
+        place = HostPlace.of(config.tensor_parallel_size)
         keys = KeyRing(config)
         check_exposure(config, keys)
         policies = load_policies(config.moderation_policies)
         tracer = None if config.otlp_traces_endpoint is None else _open_tracer(config.otlp_traces_endpoint)
         store = None if config.data_dir is None else _open_store(config)
-    except OptionError as error:
+    except (OptionError, PlaceError) as error:
         print(f"gemma-server: {error}", file=sys.stderr)
         return os.EX_CONFIG  # starting again with the same options would fail again
     _on_signals(lambda number: sys.exit(0))  # an end that was asked for is no failure
-    logs.configure(config.log_level, config.log_format, "front")
+    logs.configure(config.log_level, config.log_format, "front" if place.index == 0 else "rank")
+    if place.index > 0:
+        from server.rank_host import serve_ranks
+
+        return serve_ranks(config, place)
     logs.ignore_stack_signal()
 
     # What takes long is imported where it is known to be wanted, so that `--help` and mistakes answer at once.

@@ -116,6 +116,14 @@ class ServerConfig(BaseModel):
         description="While streams run, prompts are computed in pieces so small that a step takes about so "
         "many times as long as without, at most. Lower: steadier streams; higher: earlier first tokens.",
     )
+    tensor_parallel_size: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Devices that compute the model together, each with a process of its own and a part of "
+        "every layer. In a LeaderWorkerSet's group, on all of its hosts, as LWS_GROUP_SIZE, LWS_WORKER_INDEX "
+        "and LWS_LEADER_ADDRESS say.",
+    )
     async_scheduling: bool | None = Field(
         None,
         description="Plan and launch each step while the GPU computes the one before it. Outputs stay the "

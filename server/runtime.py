@@ -26,7 +26,8 @@ from server.engine.models.config_reader import read_gguf
 from server.engine.models.gguf import read_metadata
 from server.engine.models.safetensors_dir import read_config
 from server.engine.stages import StageTimes
-from server.engine.types import EngineConfig, EngineInfo, Loading, StepStats
+from server.engine.types import EngineInfo, Loading, StepStats
+from server.engine_options import engine_config
 from server.frontend.client import EngineClient, EngineDeadError, EngineLoss
 from server.frontend.grammar_check import GrammarChecker
 from server.frontend.served_model import ServedModel
@@ -111,7 +112,9 @@ class Runtime:
         try:
             assert self._reading is not None
             files, tokenizer, model_config, read_seconds = await asyncio.wrap_future(self._reading)
-            info = await self.client.start(self._engine_config(files, tokenizer, model_config))
+            info = await self.client.start(
+                engine_config(self.config, files.path, tokenizer.unsampleable_ids(model_config.vocab_size))
+            )
         except (ModelSourceError, EngineDeadError, ValueError, OSError) as error:
             self._fail(str(error), os.EX_CONFIG)
             return
@@ -233,34 +236,6 @@ class Runtime:
         self.stage = reason
         self.exit_code = exit_code
         self.on_failure()
-
-    def _engine_config(
-        self, files: ModelFiles, tokenizer: Tokenizer, model_config: GemmaConfig
-    ) -> EngineConfig:
-        config = self.config
-        return EngineConfig(
-            model_path=str(files.path),
-            dtype=config.dtype,
-            quantization=config.quantization,
-            kv_cache_dtype=config.kv_cache_dtype,
-            device=config.device,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            prefill_stretch=config.prefill_stretch,
-            async_scheduling=config.async_scheduling,
-            speculative_ngram_tokens=config.speculative_ngram_tokens,
-            block_size=config.block_size,
-            enable_prefix_caching=config.enable_prefix_caching,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-            num_blocks_override=config.num_gpu_blocks_override,
-            num_threads=config.num_threads,
-            backend=config.backend,
-            cpu_isa=config.cpu_isa,
-            weight_cache=config.weight_cache,
-            suppress_token_ids=tuple(tokenizer.unsampleable_ids(model_config.vocab_size)),
-        )
 
 
 def _in_daemon_thread(work: Callable[[], _Result]) -> concurrent.futures.Future[_Result]:

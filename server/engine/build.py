@@ -136,11 +136,6 @@ def _backend(config: EngineConfig) -> AnyBackend:
 def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -> tuple[EngineCore, EngineInfo]:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype)
-    ranks = None
-    if config.tensor_parallel_size > 1:
-        from server.engine.parallel.leader import gather_ranks
-
-        ranks = gather_ranks(config, device)
     free_bytes = available_bytes(device)
     backend = _backend(config)
     source = open_weights(
@@ -148,6 +143,12 @@ def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -
     )
     check_dtype(dtype, source.config)
     limits = _limits(config, source.config, _DEFAULTS[device])
+    ranks = None
+    if config.tensor_parallel_size > 1:
+        from server.engine.parallel.leader import gather_ranks
+
+        progress("other ranks", 0.0)
+        ranks = gather_ranks(config, device)
     weights_size = weight_bytes(source.config, dtype.itemsize, config.quantization)
     if weights_size > free_bytes:
         form = dtype if config.quantization == "none" else config.quantization

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from server.engine.build import StartError, build_engine
+from server.engine.types import EngineConfig
 from tests.parity.harness import CONFIGS, checkpoint, hf_logits
 
 ROOT = Path(__file__).parents[2]
@@ -75,15 +77,15 @@ def test_a_rank_that_ends_ends_the_others(models: Path) -> None:
     assert "RuntimeError" in error
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "message"),
-    [
-        (3, "--tensor-parallel-size 3 does not divide"),
-        (8, "--tensor-parallel-size 8 does not divide the model"),
-    ],
-)
-def test_what_cannot_be_dealt_out_is_refused(models: Path, num_ranks: int, message: str) -> None:
-    command = [sys.executable, "-m", "tests.parallel.drive_engine", str(models / "gemma1"), str(num_ranks)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
-    assert run.returncode != 0
-    assert f"StartError: {message}" in run.stderr
+def test_what_cannot_be_dealt_out_is_refused_before_anything_is_started(models: Path) -> None:
+    config = EngineConfig(model_path=str(models / "gemma1"), device="cpu", tensor_parallel_size=3)
+    with pytest.raises(StartError, match="--tensor-parallel-size 3 does not divide the model's 4 heads"):
+        build_engine(config, lambda *_: None)
+
+
+def test_the_native_kernels_compute_alone(models: Path) -> None:
+    config = EngineConfig(
+        model_path=str(models / "gemma1"), device="cpu", backend="native", tensor_parallel_size=2
+    )
+    with pytest.raises(StartError, match="leave --tensor-parallel-size out"):
+        build_engine(config, lambda *_: None)
