@@ -85,7 +85,7 @@ def test_a_step_takes_one_copy(queue: ThreadQueue) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma1-multi-query", "gemma2", "gemma3-all-sliding"])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_course_of_steps_gives_what_each_sequence_gives_alone(
     queue: ThreadQueue, name: str, seed: int
 ) -> None:

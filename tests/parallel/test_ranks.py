@@ -44,7 +44,7 @@ def drive(models: Path, name: str, num_ranks: int, *more: str) -> dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    "name", [*NAMES[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[2:])]
+    "name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
 )
 def test_two_and_four_ranks_give_what_one_gives(models: Path, name: str) -> None:
     one = drive(models, name, 1)
