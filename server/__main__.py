@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from server import __version__, logs
-from server.config import OptionError, load_config
+from server.config import OptionError, load_config, unknown_variables
 from server.options import ServerConfig
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def serve(arguments: Sequence[str]) -> int:
         return os.EX_CONFIG  # starting again with the same options would fail again
     _on_signals(lambda number: sys.exit(0))  # an end that was asked for is no failure
     logs.configure(config.log_level, config.log_format, "front" if place.index == 0 else "rank")
+    for warning in unknown_variables(os.environ):
+        logging.getLogger("server").warning(warning)
     if place.index > 0:
         from server.rank_host import serve_ranks
 

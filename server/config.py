@@ -2,17 +2,18 @@
 
 The command line wins over the environment, the environment over the file, the file over the default. What
 Vertex AI says in its own variables (`server/vertex_environment.py`) comes between the environment and the
-file.
+file, and what is assumed there between the file and the default.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import ipaddress
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from server.options import ServerConfig
-from server.vertex_environment import vertex_options
+from server.vertex_environment import assumed_options, vertex_options
 
 ENV_PREFIX = "GEMMA_SERVER_"
 
@@ -46,6 +47,7 @@ def load_config(arguments: Sequence[str], environment: Mapping[str, str] | None 
             values[name] = value
             sources[name] = source(name)
 
+    take(assumed_options(environment), lambda name: f"{option_name(name)} on Vertex AI")
     if config_file:
         take(_from_file(config_file), lambda name: f"{config_file}: {name}")
     of_vertex, variables = vertex_options(environment)
@@ -62,6 +64,16 @@ def load_config(arguments: Sequence[str], environment: Mapping[str, str] | None 
             got = f" (got {problem['input']!r})" if field is not None and field.repr else ""
             lines.append(f"{sources.get(name, name)}: {problem['msg']}{got}")
         raise OptionError("\n".join(lines)) from None
+
+
+def unknown_variables(environment: Mapping[str, str]) -> Iterator[str]:
+    """For each variable that looks like an option's and is none, what to say about it."""
+    known = [name.upper() for name in ("config", *ServerConfig.model_fields)]
+    for name in sorted(environment):
+        if name.startswith(ENV_PREFIX) and (own := name.removeprefix(ENV_PREFIX)) not in known:
+            nearest = difflib.get_close_matches(own, known, n=1)
+            meant = f"; did you mean {ENV_PREFIX}{nearest[0]}?" if nearest else ""
+            yield f"the environment variable {name} is no option's, and is ignored{meant}"
 
 
 def is_loopback(host: str) -> bool:

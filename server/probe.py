@@ -21,7 +21,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     if what not in _PATHS or len(arguments) > 1:
         print(f"usage: python -m server.probe [{'|'.join(_PATHS)}]", file=sys.stderr)
         return 2
-    port = environment.get("GEMMA_SERVER_PORT") or environment.get("AIP_HTTP_PORT") or "8000"
+    default = "8080" if environment.get("AIP_MODE") else "8000"  # on Vertex AI
+    port = environment.get("GEMMA_SERVER_PORT") or environment.get("AIP_HTTP_PORT") or default
     try:
         with closing(
             http.client.HTTPConnection("127.0.0.1", int(port), timeout=_TIMEOUT_SECONDS)

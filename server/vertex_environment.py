@@ -13,21 +13,30 @@ _DEFAULT_PORT = "8080"
 _PREFIX = "/v1/endpoints/{}/deployedModels/{}"
 
 
+def on_vertex(environment: Mapping[str, str]) -> bool:
+    return bool(environment.get("AIP_HTTP_PORT") or environment.get("AIP_MODE"))
+
+
+def assumed_options(environment: Mapping[str, str]) -> dict[str, object]:
+    """What a server on Vertex AI does unless it is told otherwise."""
+    if not on_vertex(environment):
+        return {}
+    # Requests come from Vertex AI alone, which has asked IAM who sends them.
+    return {"host": "0.0.0.0", "port": _DEFAULT_PORT, "allow_unauthenticated": True, "log_format": "json"}
+
+
 def vertex_options(environment: Mapping[str, str]) -> tuple[dict[str, object], dict[str, str]]:
-    """Options by name, and the variable that each comes from. None outside of Vertex AI."""
+    """Options that Vertex AI sets, by name, and the variable of each. None outside of Vertex AI."""
     values: dict[str, object] = {}
     variables: dict[str, str] = {}
 
     def take(name: str, value: object, variable: str) -> None:
         values[name], variables[name] = value, variable
 
-    if not (environment.get("AIP_HTTP_PORT") or environment.get("AIP_MODE")):
+    if not on_vertex(environment):
         return values, variables
-    take("host", "0.0.0.0", "AIP_HTTP_PORT")
-    take("port", environment.get("AIP_HTTP_PORT") or _DEFAULT_PORT, "AIP_HTTP_PORT")
-    # Requests come from Vertex AI alone, which has asked IAM who sends them.
-    take("allow_unauthenticated", True, "AIP_HTTP_PORT")
-    take("log_format", "json", "AIP_HTTP_PORT")
+    if port := environment.get("AIP_HTTP_PORT"):
+        take("port", port, "AIP_HTTP_PORT")
     for variable in ("MODEL_ID", "AIP_STORAGE_URI"):  # the later one wins
         if model := environment.get(variable):
             take("model", model, variable)

@@ -75,7 +75,7 @@ async def predict(request: Request) -> Response:
         call = _bare_call(body)
         return _Forwarded(routes, call.url, encode(call.body), request)
     calls = _instance_calls(body)
-    terms_of(request).admission.check_count(len(calls))
+    terms_of(request).admission.check_count(sum(map(_num_sequences, calls)))
     answers = await unless_disconnected(request, _answer_all(calls, routes, request))
     if isinstance(answers, InnerAnswer):
         return Response(bytes(answers.body), answers.status, _headers(answers), media_type="application/json")
@@ -106,6 +106,12 @@ class _Call:
         return texts[0] if len(texts) == 1 else texts
 
 
+def _num_sequences(call: _Call) -> int:
+    """What an instance asks for; what is no number its route will refuse."""
+    counts = [call.body.get(name) for name in ("n", "best_of")]
+    return max([1, *(count for count in counts if isinstance(count, int))])
+
+
 class _Choice(Struct):
     text: str
 
@@ -134,11 +140,9 @@ def _bare_call(body: dict[str, Any]) -> _Call:
 
 def _instance_calls(body: dict[str, Any]) -> list[_Call]:
     """Raises InvalidRequestError."""
-    instances, parameters = body["instances"], body.get("parameters") or {}
+    instances, parameters = body["instances"], _parameters(body, "parameters")
     if not isinstance(instances, list) or not instances:
         raise InvalidRequestError("'instances' must be a list that is not empty.", param="instances")
-    if not isinstance(parameters, dict):
-        raise InvalidRequestError("'parameters' must be an object.", param="parameters")
     for name in body.keys() - {"instances", "parameters", FORMAT}:
         raise InvalidRequestError(
             f"{shown(name)} is not known beside 'instances': put it into 'parameters'.", param=name
@@ -157,9 +161,8 @@ def _instance_call(instance: Any, defaults: dict[str, Any], is_chat: bool, param
         raise InvalidRequestError(f"'{param}' must be an object or a string.", param=param)
     own = dict(instance)
     # Hugging Face's containers have parameters in each instance.
-    parameters = own.pop("parameters", None) or {}
-    if not isinstance(parameters, dict):
-        raise InvalidRequestError(f"'{param}.parameters' must be an object.", param=f"{param}.parameters")
+    parameters = _parameters(own, f"{param}.parameters")
+    own.pop("parameters", None)
     fields = {**defaults, **_renamed(parameters, f"{param}.parameters"), **_renamed(own, param)}
     is_format_named = _take_format(fields, f"{param}.{FORMAT}")
     if fields.pop("stream", None):
@@ -172,13 +175,25 @@ def _instance_call(instance: Any, defaults: dict[str, Any], is_chat: bool, param
     if is_format_named or is_chat or "messages" in fields:
         return _Call(CHAT, fields, is_format_named)
     if "inputs" in fields:
-        fields.setdefault("prompt", fields.pop("inputs"))
+        if "prompt" in fields:
+            raise InvalidRequestError(f"'{param}' has both 'prompt' and 'inputs'.", param=f"{param}.inputs")
+        fields["prompt"] = fields.pop("inputs")
     prompt = fields.get("prompt")
     if not isinstance(prompt, str):
         raise InvalidRequestError(
             f"'{param}' must have 'messages', or 'prompt' with a string.", param=f"{param}.prompt"
         )
     return _Call(COMPLETIONS, fields, begins_with=None if is_raw else f"Prompt:\n{prompt}\nOutput:\n")
+
+
+def _parameters(fields: dict[str, Any], param: str) -> dict[str, Any]:
+    """Raises InvalidRequestError."""
+    parameters = fields.get("parameters")
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict):
+        raise InvalidRequestError(f"'{param}' must be an object.", param=param)
+    return parameters
 
 
 def _take_format(fields: dict[str, Any], param: str) -> bool:

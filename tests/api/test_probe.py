@@ -26,6 +26,16 @@ def test_its_exit_code_is_the_probes_answer(
     assert "draining" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("environment", "port"), [({}, 8000), ({"AIP_MODE": "PREDICTION"}, 8080), ({"AIP_HTTP_PORT": "1"}, 1)]
+)
+def test_it_asks_where_the_server_listens_by_default(
+    capsys: pytest.CaptureFixture[str], environment: dict[str, str], port: int
+) -> None:
+    assert probe.main([], environment) == 1
+    assert f"at port {port}:" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("port", ["1", "none"])
 def test_no_server_is_a_failure(capsys: pytest.CaptureFixture[str], port: str) -> None:
     assert probe.main([], {"GEMMA_SERVER_PORT": port}) == 1

@@ -109,6 +109,10 @@ def test_a_field_without_effect_is_named(vertex: LiveServer) -> None:
         ({"instances": [{}]}, "instances[0].prompt"),
         ({"instances": [{"prompt": ["a", "b"]}]}, "instances[0].prompt"),
         ({"instances": ["ab"], "parameters": [1]}, "parameters"),
+        ({"instances": ["ab"], "parameters": 0}, "parameters"),
+        ({"instances": ["ab"], "parameters": []}, "parameters"),
+        ({"instances": [{"prompt": "ab", "parameters": ""}]}, "instances[0].parameters"),
+        ({"instances": [{"prompt": "ab", "inputs": "cd"}]}, "instances[0].inputs"),
         ({"instances": ["ab"], "temperature": 1}, "temperature"),
         ({"instances": ["ab"], "parameters": {"stream": True}}, "stream"),
         ({"instances": [{"messages": MESSAGES, "stream": True}]}, "stream"),
@@ -135,20 +139,31 @@ def test_a_model_that_is_not_served_is_the_instances_mistake(vertex: LiveServer)
     assert answer.json()["error"]["param"] == "instances[1].model"
 
 
-def test_more_instances_than_could_ever_run_are_refused_at_once(vertex: LiveServer) -> None:
-    assert predict(vertex, ["ab"] * 9).status_code == 400
+@pytest.mark.parametrize(
+    ("instances", "parameters"),
+    [(["ab"] * 9, {}), (["ab"] * 5, {"n": 2}), (["ab", {"prompt": "ab", "n": 8}], {})],
+)
+def test_more_sequences_than_could_ever_run_are_refused_at_once(
+    vertex: LiveServer, instances: Any, parameters: Any
+) -> None:
+    assert predict(vertex, instances, parameters=parameters).status_code == 400
     assert not vertex.engine.submitted
 
 
 def test_an_instance_that_finds_no_room_ends_the_others(vertex: LiveServer) -> None:
     vertex.script.delay = 0.05
     vertex.script.ends_with_stop = False
-    answer = predict(vertex, ["ab"] * 5, parameters={"n": 2, "max_tokens": 40})
+    parameters = {"max_tokens": 40}
+    asking = threading.Thread(target=lambda: predict(vertex, ["ab"] * 3, parameters=parameters))
+    asking.start()
+    wait_until(lambda: len(vertex.engine.running) == 3)
+    answer = predict(vertex, ["ab"] * 6, parameters=parameters)
     assert answer.status_code == 429
     assert int(answer.headers["retry-after"]) >= 1
     assert answer.json()["error"]["param"] is None
+    asking.join()
     vertex.assert_idle()
-    assert len(vertex.engine.aborted) == 8
+    assert len(vertex.engine.aborted) == 5
 
 
 def test_a_client_that_leaves_ends_all_instances(vertex: LiveServer) -> None:

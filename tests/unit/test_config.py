@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.config import OptionError, load_config
+from server.config import OptionError, load_config, unknown_variables
 
 
 def test_command_line_wins_over_environment_over_file_over_default(tmp_path: Path) -> None:
@@ -64,3 +64,18 @@ def test_a_file_that_holds_no_options_is_refused(tmp_path: Path, content: str) -
     file.write_bytes(content.encode("latin-1"))
     with pytest.raises(OptionError, match=r"server\.yaml"):
         load_config(["--config", str(file)], {})
+
+
+def test_variables_that_are_no_option_s_are_named_with_what_may_be_meant() -> None:
+    environment = {
+        "GEMMA_SERVER_MAX_NUM_SEQ": "8",
+        "GEMMA_SERVER_ZZZZZZZZZZ": "1",
+        "GEMMA_SERVER_CONFIG": "/x",
+        "GEMMA_SERVER_PORT": "1",
+        "MAX_NUM_SEQ": "8",
+    }
+    assert list(unknown_variables(environment)) == [
+        "the environment variable GEMMA_SERVER_MAX_NUM_SEQ is no option's, and is ignored; did you mean "
+        "GEMMA_SERVER_MAX_NUM_SEQS?",
+        "the environment variable GEMMA_SERVER_ZZZZZZZZZZ is no option's, and is ignored",
+    ]

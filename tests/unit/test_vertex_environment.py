@@ -47,6 +47,15 @@ def test_the_command_line_and_our_own_variables_win_and_a_file_does_not(tmp_path
     assert load_config(["--config", str(file)], environment).model == "gs://b/m"
 
 
+def test_a_file_wins_over_what_is_only_assumed(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("host: 127.0.0.1\nport: 7\nallow-unauthenticated: false\nlog-format: text")
+    config = load_config(["--config", str(file)], {"AIP_MODE": "PREDICTION"})
+    assert (config.host, config.port) == ("127.0.0.1", 7)
+    assert (config.allow_unauthenticated, config.log_format) == (False, "text")
+    assert load_config(["--config", str(file)], ON_VERTEX).port == 8085, "which the platform says"
+
+
 def test_elsewhere_the_variables_mean_nothing() -> None:
     config = load_config([], {"MODEL_ID": "x", "AIP_STORAGE_URI": "gs://b/m", "AIP_HEALTH_ROUTE": "/h"})
     assert (config.model, config.host, config.health_route) == ("embedded", "127.0.0.1", None)
