@@ -85,10 +85,15 @@ class PoolLimits:
 
 
 def weight_bytes(config: GemmaConfig, itemsize: int, quantization: str) -> int:
-    """Of the loaded weights. quantization: none, or int8, where each row of a matrix has a scale in fp32."""
-    shapes = expected_weights(config).values()
+    """Of the loaded weights. quantization: none, int8 or fp8; in 8 bits, each row of a matrix has a scale in
+    fp32. With fp8 the embedding is as without."""
+    shapes = [*expected_weights(config).values()]
     if quantization == "none":
         return itemsize * sum(map(prod, shapes))
+    if quantization == "fp8":
+        embedding = shapes.pop(0)
+        others = sum(prod(shape) + 4 * shape[0] if len(shape) == 2 else 4 * shape[0] for shape in shapes)
+        return itemsize * prod(embedding) + others
     return sum(prod(shape) + 4 * shape[0] if len(shape) == 2 else 4 * shape[0] for shape in shapes)
 
 

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from server.engine.backend.triton import attention, pointwise, rotary
+from server.engine.backend.triton import attention, fp8_linear, pointwise, rotary
 from server.engine.models.config import AttentionSpec
 
 GEMMA_2B = AttentionSpec(8, 1, 256, 1 / 16, None, None)
@@ -30,10 +30,11 @@ GEMMA_2_27B = AttentionSpec(32, 16, 128, 1 / 12, 4096, 50.0)
 INT32 = {"query_start", "seq_lens", "block_table", "positions", "slot_mapping", "token_ids"}
 FP32 = {
     *("key_scales", "value_scales", "partial_out", "partial_max", "partial_sum"),
-    *("weight", "q_norm", "k_norm", "frequencies"),
+    *("weight", "q_norm", "k_norm", "frequencies", "x_scales", "weight_scales", "scales", "parts"),
 }
 REAL = {"scale", "softcap", "eps"}
-WHOLE = {"table_row_stride", "table_column_stride", "num_seqs", "num_segments", "width"}
+SIZES = {"num_rows", "out_width", "part_blocks", "num_parts"}
+WHOLE = {"table_row_stride", "table_column_stride", "num_seqs", "num_segments", "width", *SIZES}
 CACHE = {"keys", "values"}
 
 
@@ -104,6 +105,24 @@ def cases(shared_memory: int) -> Iterator[Case]:
                 {"num_warps": 2},
                 types,
             )
+    linear = fp8_linear.Fp8Linear(num_multiprocessors=132)
+    codes = dict.fromkeys(("x", "weight"), "*fp8e4nv")
+    for num_rows in (1, 32, 64, 256):
+        cut = linear.plan(num_rows, out_width=2048, width=16_384)
+        constants = {
+            "IS_SPLIT": cut.parts > 1,
+            "FEW_ROWS": cut.few_rows,
+            "BLOCK_M": cut.block_m,
+            "BLOCK_N": cut.block_n,
+            "BLOCK_K": cut.block_k,
+        }
+        options = {"num_warps": cut.num_warps, "num_stages": cut.num_stages}
+        out = {"out": "*fp32"} if cut.parts > 1 else {}
+        name = f"multiply_codes of {num_rows} rows"
+        yield Case(name, fp8_linear.multiply_codes, constants, options, codes | out)
+    yield Case("add_parts", fp8_linear.add_parts, {"BLOCK": 512}, {"num_warps": 4})
+    rounding = {"codes": "*fp8e4nv"}
+    yield Case("quantize_rows", fp8_linear.quantize_rows, {"BLOCK": 32_768}, {"num_warps": 16}, rounding)
     sums = {"NUM_HEADS": 8, "HEAD_DIM": 256, "WINDOW": 0, "TILE": 32, "MAX_SEGMENTS": 64}
     yield Case("add_segments", attention.add_segments, sums, {"num_warps": 4})
     norm = {"HAS_UPDATE": True, "BLOCK": 4096}
@@ -120,9 +139,11 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         fn=case.kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in case.constants.items()},
-        # As at a launch: torch's allocations begin at multiples of 16 bytes.
+        # As at a launch: torch's allocations begin at multiples of 16 bytes, and so do matrices' rows.
         attrs={
-            (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if signature[name].startswith("*") or (name in ("width", "out_width") and signature[name] == "i32")
         },
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(case.options))

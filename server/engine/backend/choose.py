@@ -27,8 +27,8 @@ def choose_backend(
 ) -> AnyBackend:
     """name: auto, native, triton or reference. cpu_isa: auto or one of the native back end's levels.
 
-    quantization: of the weight matrices, none or int8. kv_cache_dtype: auto or fp8. auto is native on a CPU and
-    triton on a GPU, where they work. Raises BackendError where what is asked for by name cannot be.
+    quantization: of the weight matrices, none, int8 or fp8. kv_cache_dtype: auto or fp8. auto is native on a
+    CPU and triton on a GPU, where they work. Raises BackendError where what is asked for by name cannot be.
     """
     if name == "reference":
         return _reference(device, dtype, num_threads, quantization, kv_cache_dtype)
@@ -44,6 +44,11 @@ def choose_backend(
 def _on_cpu(
     name: str, cpu_isa: str, dtype: DType, num_threads: int, quantization: str, kv_cache_dtype: str
 ) -> AnyBackend:
+    if quantization == "fp8":
+        raise BackendError(
+            "--quantization fp8: the native CPU kernels do not have it; take int8, or --backend reference, "
+            "which is much slower"
+        )
     if kv_cache_dtype != "auto":
         raise BackendError(
             f"--kv-cache-dtype {kv_cache_dtype}: the native CPU kernels do not have it; leave it out, or take"
@@ -62,9 +67,9 @@ def _on_cpu(
 
 
 def _on_gpu(name: str, device: str, dtype: DType, quantization: str, kv_cache_dtype: str) -> AnyBackend:
-    if quantization != "none":
+    if quantization == "int8":
         if name == "triton":
-            raise BackendError(f"--backend triton: it does not have --quantization {quantization}")
+            raise BackendError("--backend triton: it does not have --quantization int8; take fp8")
         return _reference(device, dtype, 1, quantization, kv_cache_dtype)
     try:
         import torch
@@ -72,13 +77,13 @@ def _on_gpu(name: str, device: str, dtype: DType, quantization: str, kv_cache_dt
         from server.engine.backend.triton.backend import TritonBackend
         from server.engine.backend.triton.self_test import self_test
 
-        self_test(torch.device(device), dtype, kv_cache_dtype)
+        self_test(torch.device(device), dtype, kv_cache_dtype, quantization)
     except Exception as error:  # whatever a compiler or a driver raises, the other back end may do
         if name == "triton":
             raise BackendError(f"--backend triton: the kernels do not work here: {error}") from error
         logger.warning("no Triton kernels, so steps take many times as long: %s", error)
         return _reference(device, dtype, 1, quantization, kv_cache_dtype)
-    return TritonBackend(torch.device(device), dtype, kv_cache_dtype)
+    return TritonBackend(torch.device(device), dtype, kv_cache_dtype, quantization)
 
 
 def _reference(

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.engine.backend import int8
+from server.engine.backend import fp8, int8
 from server.engine.backend.base import AttentionLayer, Rope
+from server.engine.backend.fp8 import Fp8Matrix
 from server.engine.backend.int8 import QuantizedMatrix
 from server.engine.backend.memory import zeros_on_demand
 from server.engine.backend.reference_attention import (
@@ -32,7 +33,8 @@ from server.engine.inputs import ModelInputs
 from server.engine.models.config import KVGroupSpec
 from server.engine.sampling.sampler import Sampler
 
-Matrix = Tensor | QuantizedMatrix
+Table = Tensor | QuantizedMatrix
+Matrix = Table | Fp8Matrix
 
 
 class ReferenceStep:
@@ -67,9 +69,9 @@ class ReferenceBackend:
     def __init__(
         self, device: torch.device, dtype: DType, quantization: str = "none", kv_cache_dtype: str = "auto"
     ) -> None:
-        """quantization: none or int8. kv_cache_dtype: auto, which is dtype, or fp8."""
+        """quantization: none, int8 or fp8. kv_cache_dtype: auto, which is dtype, or fp8."""
         self.dtype = dtype
-        self._quantized = quantization == "int8"
+        self._quantization = quantization
         self._device = device
         self._torch_dtype: torch.dtype = getattr(torch, dtype)
         self._kv_dtype = KV_FP8 if kv_cache_dtype == "fp8" else self._torch_dtype
@@ -78,10 +80,13 @@ class ReferenceBackend:
 
     def prepare_linear(self, weight: Tensor) -> Matrix:
         weight = weight.to(self._device, self._torch_dtype)
-        return int8.quantize(weight) if self._quantized else weight
+        if self._quantization == "fp8" and fp8.fits(weight):
+            return fp8.quantize(weight)
+        return int8.quantize(weight) if self._quantization == "int8" else weight
 
-    def prepare_embedding(self, weight: Tensor) -> Matrix:
-        return self.prepare_linear(weight)
+    def prepare_embedding(self, weight: Tensor) -> Table:
+        weight = weight.to(self._device, self._torch_dtype)
+        return int8.quantize(weight) if self._quantization == "int8" else weight
 
     def prepare_norm(self, weight: Tensor) -> Tensor:
         return 1.0 + weight.to(self._device, torch.float32)
@@ -114,12 +119,14 @@ class ReferenceBackend:
     def sampler(self, vocab_size: int, suppress_token_ids: tuple[int, ...]) -> Sampler:
         return Sampler(vocab_size, suppress_token_ids, self._device)
 
-    def embed(self, table: Matrix, scale: float, step: ReferenceStep) -> Tensor:
+    def embed(self, table: Table, scale: float, step: ReferenceStep) -> Tensor:
         if isinstance(table, QuantizedMatrix):
             return (int8.rows(table, step.token_ids) * scale).to(self._torch_dtype)
         return F.embedding(step.token_ids, table) * scale
 
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
+        if isinstance(weight, Fp8Matrix):
+            return fp8.multiply(x, weight)
         return int8.multiply(x, weight) if isinstance(weight, QuantizedMatrix) else self._matmul(x, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -153,7 +160,7 @@ class ReferenceBackend:
         return F.gelu(gate, approximate="tanh").mul_(up)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor, table: Matrix, softcap: float | None) -> Tensor:
+    def logits(self, hidden: Tensor, table: Table, softcap: float | None) -> Tensor:
         logits = self.linear(hidden, table).float()
         return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 

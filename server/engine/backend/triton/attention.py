@@ -258,7 +258,7 @@ class PagedAttention:
 
     def __init__(self, num_multiprocessors: int, shared_memory: int) -> None:
         """shared_memory: bytes that one block of threads can have."""
-        self._num_multiprocessors = num_multiprocessors
+        self.num_multiprocessors = num_multiprocessors
         self._shared_memory = shared_memory
 
     @classmethod
@@ -336,7 +336,7 @@ class PagedAttention:
         block_m = max(_DECODE_ROWS, spec.num_heads // spec.num_kv_heads)
         num_programs = num_seqs * spec.num_kv_heads
         tile = self._fitting_tile(spec, itemsize, 32)
-        wanted = 2 * self._num_multiprocessors // num_programs
+        wanted = 2 * self.num_multiprocessors // num_programs
         most = min(_MAX_SEGMENTS, max_seq_len // (_TILES_PER_SEGMENT * tile))
         segments = 1 << max(0, min(wanted, most).bit_length() - 1)
         if itemsize == 1:
@@ -355,7 +355,7 @@ class PagedAttention:
         if not self._has_room(itemsize):
             return Launch(max(64, group), self._fitting_tile(spec, itemsize, 64), 1, num_warps=8, num_stages=2)
         # Larger blocks read keys and values less often, but must still be enough for all multiprocessors.
-        if num_tokens * spec.num_heads >= 120 * self._num_multiprocessors:
+        if num_tokens * spec.num_heads >= 120 * self.num_multiprocessors:
             return Launch(max(128, group), 64, 1, num_warps=8, num_stages=2)
         return Launch(max(64, group), 64, 1, num_warps=4, num_stages=3)
 

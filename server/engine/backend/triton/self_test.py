@@ -34,10 +34,10 @@ class SelfTestError(RuntimeError):
     """The back end's results are not the reference's; the message says where and by how much."""
 
 
-def self_test(device: torch.device, dtype: DType, kv_cache_dtype: str) -> None:
+def self_test(device: torch.device, dtype: DType, kv_cache_dtype: str, quantization: str = "none") -> None:
     """Raises SelfTestError, or whatever compiling or launching a kernel raises."""
-    ours = _results(TritonBackend(device, dtype, kv_cache_dtype), device)
-    expected = _results(ReferenceBackend(device, dtype, kv_cache_dtype=kv_cache_dtype), device)
+    ours = _results(TritonBackend(device, dtype, kv_cache_dtype, quantization), device)
+    expected = _results(ReferenceBackend(device, dtype, quantization, kv_cache_dtype), device)
     for (name, result), (_, right) in zip(ours, expected, strict=True):
         difference = (result.float() - right.float()).abs() / right.float().abs().clamp(min=1.0)
         largest = float(difference.nan_to_num(nan=torch.inf).max())
@@ -57,6 +57,9 @@ def _results(backend: Any, device: torch.device) -> Iterator[tuple[str, Tensor]]
     yield "rms_norm", backend.rms_norm(x, norm, _EPS)
     yield "add_rms_norm", backend.add_rms_norm(x.clone(), update, norm, _EPS)[1]
     yield "geglu", backend.geglu(x)
+    matrix = backend.prepare_linear(normal(128, 512, seed=10) / 512**0.5)
+    for num_rows in (3, 70):
+        yield f"linear of {num_rows} rows", backend.linear(normal(num_rows, 512, seed=11), matrix)
 
     head_norm = backend.prepare_norm(0.1 * normal(_SPEC.head_dim, seed=4))
     layer = AttentionLayer(_SPEC, Rope(_SPEC.head_dim, 1e4, 1.0), 0, head_norm, head_norm, _EPS)
