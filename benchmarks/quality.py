@@ -56,10 +56,16 @@ class Format:
     name: str
     dtype: str
     quantization: str
+    backend: str = "auto"
 
 
 BASELINE = Format("bf16", "bfloat16", "none")
-FORMATS = (BASELINE, Format("fp32", "float32", "none"), Format("int8 weights, bf16", "bfloat16", "int8"))
+FORMATS = (
+    BASELINE,
+    Format("fp32", "float32", "none"),
+    Format("int8 weights, bf16", "bfloat16", "int8"),
+    Format("fp8 weights and activations, bf16", "bfloat16", "fp8", "reference"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,7 @@ def measure(model: Path, number_format: Format, text: list[int], beginnings: lis
         model_path=str(model),
         dtype=number_format.dtype,
         quantization=number_format.quantization,
+        backend=number_format.backend,
         device="cpu",
         max_model_len=len(text) + 1,
         weight_cache=False,
