@@ -68,6 +68,10 @@ bench-structured: $(DEV)  ## Throughput with and without a JSON schema, and the 
 bench-batch: $(DEV)  ## What clients notice of a batch that runs beside them
 	@$(BIN)/python -m benchmarks.beside_batch $(ARGS)
 
+.PHONY: bench-host
+bench-host: $(DEV)  ## What a step of decodes costs the host that runs a GPU, by part
+	@$(BIN)/python -m benchmarks.host_step $(ARGS)
+
 .PHONY: bench-peers
 bench-peers: $(DEV)  ## Measure vLLM, llama.cpp and this server in one run for docs/performance.md; ARGS="--help" lists its options
 	@$(BIN)/python -m benchmarks.peers.run $(ARGS)
