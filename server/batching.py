@@ -22,6 +22,8 @@ import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
+from msgspec import structs
+
 from server.engine.batch import ScheduledBatch, ScheduledSequence
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.outcome import append_sampled, error_of, output_of
@@ -235,6 +237,8 @@ class Scheduler:
         return budget
 
     def _admit(self, plan: _Plan, budget: int, *, ahead: bool) -> None:
+        if not self._waiting:
+            return
         growing = [seq for seq in self._running if seq.num_expected - seq.num_planned > 1]
         while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
             seq = self._waiting[0]
@@ -274,7 +278,7 @@ class Scheduler:
             draft = self._speculator.propose(seq, min(room, seq.token_limit - seq.num_tokens - 1))
             num_new = scheduled.num_new + len(draft)
             if draft and self._kv.allocate(seq, 0, num_new):
-                plan[seq] = scheduled._replace(num_new=num_new, draft=draft, is_plain=False)
+                plan[seq] = structs.replace(scheduled, num_new=num_new, draft=draft, is_plain=False)
                 room -= len(draft)
 
     def _chunk(self, seq: Sequence, start: int, budget: int) -> int:

@@ -35,6 +35,9 @@ class Sequence:
     """
 
     request: GenerateRequest
+    request_id: str = field(init=False)
+    params: SamplingParams = field(init=False)
+    """Both the request's: they are looked up for each token."""
     token_ids: list[int]
     num_prompt_tokens: int
     num_computed: int = 0
@@ -65,6 +68,10 @@ class Sequence:
     has_begun: bool = False
     """Whether a step with some of it was launched."""
 
+    def __post_init__(self) -> None:
+        self.request_id = self.request.request_id
+        self.params = self.request.params
+
     @classmethod
     def from_request(cls, request: GenerateRequest) -> Sequence:
         return cls(
@@ -73,14 +80,6 @@ class Sequence:
             num_prompt_tokens=len(request.prompt_token_ids),
             plain_from=_plain_from(request.params),
         )
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.request.params
 
     @property
     def num_tokens(self) -> int:
