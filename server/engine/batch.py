@@ -14,7 +14,7 @@ import msgspec
 from server.engine.sequence import Sequence, SequenceStatus
 
 
-class ScheduledSequence(msgspec.Struct, frozen=True):
+class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     """Positions start .. start + num_new - 1 of one sequence, of which the last ones may be a draft."""
 
     seq: Sequence

@@ -19,7 +19,7 @@ _GREEDY_BELOW = 1e-5
 """Temperatures below are greedy: logits divided by them would overflow (vLLM's _SAMPLING_EPS)."""
 
 
-class SampledToken(msgspec.Struct, frozen=True):
+class SampledToken(msgspec.Struct, frozen=True, gc=False):
     """The next token of one sequence, or the reason why there is none."""
 
     token_id: int
