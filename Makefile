@@ -76,6 +76,10 @@ bench-batch: $(DEV)  ## What clients notice of a batch that runs beside them
 bench-gpu: $(DEV)  ## Step times on an NVIDIA GPU as multiples of what it could do, and throughput; 8 minutes, 22 GB of disk
 	@$(BIN)/python -m benchmarks.gpu.run $(ARGS)
 
+.PHONY: bench-host
+bench-host: $(DEV)  ## What a step of decodes costs the host that runs a GPU, by part
+	@$(BIN)/python -m benchmarks.host_step $(ARGS)
+
 .PHONY: bench-peers
 bench-peers: $(DEV)  ## Measure vLLM, llama.cpp and this server in one run for docs/performance.md; ARGS="--help" lists its options
 	@$(BIN)/python -m benchmarks.peers.run $(ARGS)

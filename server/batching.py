@@ -22,6 +22,8 @@ import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
+from msgspec import structs
+
 from server.engine.batch import ScheduledBatch, ScheduledSequence
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.outcome import append_sampled, error_of, output_of
@@ -207,12 +209,14 @@ class Scheduler:
             if len(seq.token_ids) + seq.num_sampling >= seq.token_limit:
                 continue  # the token in flight ends it, whatever it is
             start = seq.num_computed + seq.num_computing
-            scheduled = ScheduledSequence.of(seq, start, self._chunk(seq, start, budget))
+            num_new = self._chunk(seq, start, budget)
+            scheduled = ScheduledSequence.of(seq, start, num_new)
             # An end that is in flight may make the room for which somebody would be preempted now.
-            if not scheduled.is_plain or not self._kv.allocate(seq, 0, scheduled.num_new):
+            has_room = start + num_new <= seq.has_room_until or self._kv.allocate(seq, 0, num_new)
+            if not scheduled.is_plain or not has_room:
                 return None
             plan[seq] = scheduled
-            budget -= scheduled.num_new
+            budget -= num_new
         self._admit(plan, budget, ahead=True)
         return _launched(plan, [])
 
@@ -235,6 +239,8 @@ class Scheduler:
         return budget
 
     def _admit(self, plan: _Plan, budget: int, *, ahead: bool) -> None:
+        if not self._waiting:
+            return
         growing = [seq for seq in self._running if seq.num_expected - seq.num_planned > 1]
         while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
             seq = self._waiting[0]
@@ -274,7 +280,7 @@ class Scheduler:
             draft = self._speculator.propose(seq, min(room, seq.token_limit - seq.num_tokens - 1))
             num_new = scheduled.num_new + len(draft)
             if draft and self._kv.allocate(seq, 0, num_new):
-                plan[seq] = scheduled._replace(num_new=num_new, draft=draft, is_plain=False)
+                plan[seq] = structs.replace(scheduled, num_new=num_new, draft=draft, is_plain=False)
                 room -= len(draft)
 
     def _chunk(self, seq: Sequence, start: int, budget: int) -> int:
@@ -315,27 +321,31 @@ class Scheduler:
         outputs, self._failed = self._failed, []
         if len(sampled) != batch.num_sampled:
             raise ValueError(f"{len(sampled)} sampled tokens do not match the batch")
+        finished = SequenceStatus.FINISHED
         row = 0
         for scheduled in batch.sequences:
             seq, draft = scheduled.seq, scheduled.draft
-            tokens = sampled[row : row + scheduled.num_sampled]
-            row += scheduled.num_sampled
-            if seq.status is SequenceStatus.FINISHED:
+            first_row = row
+            if scheduled.samples:
+                row += 1 + len(draft)
+            if seq.status is finished:
                 continue
             _landed(scheduled)
+            tokens = sampled[first_row:row]
             if tokens and tokens[0].error is not None:
                 outputs.append(self._spoil(seq, tokens[0].error))
                 continue
             taken, reason = append_sampled(seq, tokens, draft)
-            num_accepted = max(0, len(taken) - 1)
-            seq.num_computed = scheduled.start + scheduled.num_new - len(draft) + num_accepted
-            if draft or seq.num_computed >= seq.settled_until:
-                self._kv.commit(seq)
+            seq.num_computed = scheduled.start + scheduled.num_new
             if draft:
+                num_accepted = len(taken) - 1
+                seq.num_computed -= len(draft) - num_accepted
                 self._speculator.record(seq, len(draft), num_accepted)
                 self._counts.num_drafts += 1
                 self._counts.num_draft_tokens += len(draft)
                 self._counts.num_accepted_tokens += num_accepted
+            if draft or seq.num_computed >= seq.settled_until:
+                self._kv.commit(seq)
             if reason is not None:
                 self._retire(seq)
             if taken:

@@ -7,12 +7,14 @@ are then known there alone, and a batch says which row of the other step's sampl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+
+import msgspec
 
 from server.engine.sequence import Sequence, SequenceStatus
 
 
-class ScheduledSequence(NamedTuple):
+class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     """Positions start .. start + num_new - 1 of one sequence, of which the last ones may be a draft."""
 
     seq: Sequence
@@ -51,26 +53,26 @@ class ScheduledSequence(NamedTuple):
         return cls(seq, start, num_new, samples, (), seq.sampled_row if num_sampling else -1, is_plain)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ScheduledBatch:
     """One step's work. Sequences with one token, not counting drafts, come first."""
 
     sequences: tuple[ScheduledSequence, ...]
     preempted: tuple[Sequence, ...]
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return sum(scheduled.num_new for scheduled in self.sequences)
 
-    @property
+    @cached_property
     def num_sampled(self) -> int:
         return sum(1 + len(scheduled.draft) for scheduled in self.sequences if scheduled.samples)
 
-    @property
+    @cached_property
     def num_draft_tokens(self) -> int:
         return sum(len(scheduled.draft) for scheduled in self.sequences)
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether it asks the host for nothing but its token ids.
 
@@ -79,7 +81,8 @@ class ScheduledBatch:
         """
         return all(scheduled.is_plain for scheduled in self.sequences)
 
-    def living(self) -> tuple[ScheduledSequence, ...]:
+    def living(self) -> ScheduledBatch:
         """Without those that have ended since."""
         finished = SequenceStatus.FINISHED
-        return tuple(scheduled for scheduled in self.sequences if scheduled.seq.status is not finished)
+        living = tuple([scheduled for scheduled in self.sequences if scheduled.seq.status is not finished])
+        return self if len(living) == len(self.sequences) else ScheduledBatch(living, self.preempted)

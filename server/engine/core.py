@@ -144,7 +144,7 @@ class EngineCore:
         if not executed.is_clean and self._in_flight is not None:
             self._scheduler.drop(self._in_flight.batch)
             self._in_flight = None
-        living = ScheduledBatch(step.batch.living(), ())
+        living = step.batch.living()
         outputs = self._scheduler.fail(executed.failed, executed.error)
         outputs += self._scheduler.update(ScheduledBatch(executed.done, step.batch.preempted), executed.sampled)
         taken = self._clock()

@@ -15,6 +15,8 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from msgspec import structs
+
 from server.engine.batch import ScheduledBatch, ScheduledSequence
 from server.engine.sampling.types import SampledToken
 
@@ -109,7 +111,9 @@ class GuardedRunner:
         if self._num_failed_steps == MAX_FAILED_STEPS or _poisons_device(error):
             raise error
         # The blocks of those that have ended may be another's by now. The tokens of the step before are known.
-        sequences = tuple(scheduled._replace(previous_row=-1) for scheduled in step.batch.living())
+        sequences = tuple(
+            structs.replace(scheduled, previous_row=-1) for scheduled in step.batch.living().sequences
+        )
         is_shortage = _is_shortage(error)
         if not sequences:
             executed = Executed((), [])

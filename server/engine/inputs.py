@@ -12,7 +12,6 @@ tokens in the step, B the number of sequences, R the number of rows whose hidden
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -95,8 +94,11 @@ def build_inputs(
     np.cumsum(counts, out=query_start[1:])
     num_rows = int(query_start[-1])
 
-    owner = np.repeat(np.arange(len(sequences)), counts)  # [T]: the sequence of each row
-    positions = np.arange(num_rows, dtype=np.int64) + (starts - query_start[:-1])[owner]
+    if num_rows == len(sequences):
+        owner, positions = query_start[:-1], starts
+    else:
+        owner = np.repeat(np.arange(len(sequences), dtype=np.int32), counts)  # [T]: the sequence of each row
+        positions = np.arange(num_rows, dtype=np.int64) + (starts - query_start[:-1])[owner]
     token_ids, previous_rows = _tokens(sequences, query_start, num_rows)
 
     output_rows = [_sampled_rows(sequences, query_start)]
@@ -110,9 +112,7 @@ def build_inputs(
     num_blocks = -(-int(seq_lens.max()) // block_size)
     block, offset = np.divmod(positions, block_size)
     attention = []
-    for group in range(num_groups):
-        tables = [scheduled.seq.block_tables[group] for scheduled in sequences]
-        block_table = _block_table(tables, num_blocks)
+    for block_table in _block_tables(sequences, num_groups, num_blocks):
         slots = block_table[owner, block].astype(np.int64) * block_size + offset
         attention.append(AttentionMetadata(query_start, seq_lens, block_table, slots, block_size))
     return ModelInputs(token_ids, previous_rows, positions, np.concatenate(output_rows), tuple(attention))
@@ -168,18 +168,25 @@ def _tokens(
 
 def _sampled_rows(sequences: SequenceOf[ScheduledSequence], query_start: Int32Array) -> Int64Array:
     """The last rows of each sequence that samples, as many as it samples."""
-    counts = np.array([scheduled.num_sampled for scheduled in sequences], dtype=np.int64)
+    counts = np.array([scheduled.samples + len(scheduled.draft) for scheduled in sequences], dtype=np.int64)
     ends = np.cumsum(counts)
     return np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(query_start[1:] - ends, counts)
 
 
-def _block_table(tables: SequenceOf[array[int]], num_blocks: int) -> Int32Array:
-    """[B, num_blocks] of what may be longer or shorter. One copy for all: a table has hundreds of entries."""
-    lengths = np.array([len(table) for table in tables], dtype=np.int64)
-    joined = np.frombuffer(b"".join(tables), dtype=np.int32)
-    if (lengths == num_blocks).all():
-        return joined.reshape(len(tables), num_blocks).copy()
-    columns = np.arange(max(num_blocks, int(lengths.max())))
-    padded = np.zeros((len(tables), len(columns)), dtype=np.int32)
-    padded[columns < lengths[:, None]] = joined
-    return np.ascontiguousarray(padded[:, :num_blocks])
+def _block_tables(
+    sequences: SequenceOf[ScheduledSequence], num_groups: int, num_blocks: int
+) -> list[Int32Array]:
+    """[B, num_blocks] of each group, of tables that may be longer or shorter, but not differ among groups.
+
+    One copy for all: a table has hundreds of entries.
+    """
+    tables = [scheduled.seq.block_tables for scheduled in sequences]
+    lengths = np.array([len(table[0]) for table in tables], dtype=np.int32)
+    columns = np.arange(max(num_blocks, int(lengths.max())), dtype=np.int32)
+    is_used = columns < lengths[:, None]
+    padded = []
+    for group in range(num_groups):
+        block_table = np.full(is_used.shape, NULL_BLOCK, dtype=np.int32)
+        block_table[is_used] = np.frombuffer(b"".join([table[group] for table in tables]), dtype=np.int32)
+        padded.append(np.ascontiguousarray(block_table[:, :num_blocks]))
+    return padded

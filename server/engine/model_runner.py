@@ -48,7 +48,7 @@ class _StepOnDevice:
     tokens: PendingTokens
 
     def wait(self) -> list[SampledToken]:
-        return [sampled_token(token_id) for token_id in self.tokens.wait()]
+        return list(map(sampled_token, self.tokens.wait()))
 
 
 class ModelRunner:

@@ -15,30 +15,37 @@ def append_sampled(
     An error ends them, too; its row will be the first of the next step. Returns what was appended, and why the
     sequence ends, if it does.
     """
-    reason = None
+    token_ids, params = seq.token_ids, seq.params
     for index, token in enumerate(tokens):
         if token.error is not None:
-            return tokens[:index], reason
-        seq.token_ids.append(token.token_id)
-        reason = _finish_reason(seq, token)
-        if reason is not None or draft[index : index + 1] != (token.token_id,):
+            return tokens[:index], None
+        token_ids.append(token.token_id)
+        reason = None
+        is_stop = token.token_id in params.stop_token_ids and seq.num_generated >= params.min_tokens
+        if is_stop or token.completes:
+            reason = FinishReason.STOP
+        elif len(token_ids) >= seq.token_limit:
+            reason = FinishReason.LENGTH
+        if reason is not None or index == len(draft) or draft[index] != token.token_id:
             return tokens[: index + 1], reason
-    return tokens, reason
+    return tokens, None
 
 
 def output_of(seq: Sequence, tokens: list[SampledToken], reason: FinishReason | None) -> SequenceOutput:
     """tokens: the newest, one at least. Takes the prompt's logprobs from the sequence."""
-    is_first, last = seq.num_generated == len(tokens), tokens[-1]
-    prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, []
+    last, prompt_logprobs = tokens[-1], None
+    if seq.prompt_logprobs:
+        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, []
+    is_first = seq.num_generated == len(tokens)
     return SequenceOutput(
         request_id=seq.request_id,
-        token_ids=[token.token_id for token in tokens],
-        logprobs=[token.logprob for token in tokens if token.logprob is not None] or None,
-        prompt_logprobs=prompt_logprobs if is_first and seq.params.prompt_logprobs is not None else None,
+        token_ids=seq.token_ids[-len(tokens) :],
+        logprobs=None if last.logprob is None else [token.logprob for token in tokens if token.logprob],
+        prompt_logprobs=prompt_logprobs,
         finish_reason=reason,
         stop_token_id=last.token_id if reason is FinishReason.STOP and not last.completes else None,
-        num_cached_tokens=seq.num_cached_tokens,
-        scheduled_at=seq.scheduled_at,
+        num_cached_tokens=seq.num_cached_tokens if is_first else 0,
+        scheduled_at=seq.scheduled_at if is_first else 0.0,
     )
 
 
@@ -51,12 +58,3 @@ def error_of(seq: Sequence, error: str) -> SequenceOutput:
         error=error,
         is_contradictory=seq.params.is_constrained and error == NOTHING_LEFT,
     )
-
-
-def _finish_reason(seq: Sequence, newest: SampledToken) -> FinishReason | None:
-    if newest.completes:
-        return FinishReason.STOP
-    params = seq.params
-    if newest.token_id in params.stop_token_ids and seq.num_generated >= params.min_tokens:
-        return FinishReason.STOP
-    return FinishReason.LENGTH if len(seq.token_ids) >= seq.token_limit else None

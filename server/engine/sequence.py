@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from server.engine.sampling.arrays import sampling_record
 from server.engine.types import GenerateRequest, PromptTokenLogprob, SamplingParams
 from server.grammar_library import Matcher
 
@@ -35,6 +36,9 @@ class Sequence:
     """
 
     request: GenerateRequest
+    request_id: str = field(init=False)
+    params: SamplingParams = field(init=False)
+    """Both the request's: they are looked up for each token."""
     token_ids: list[int]
     num_prompt_tokens: int
     num_computed: int = 0
@@ -44,8 +48,10 @@ class Sequence:
     """While a token is being sampled: which of its step's it is."""
     block_tables: list[array[int]] = field(default_factory=list)
     """int32, so that they can be copied whole."""
+    has_room_until: int = 0
+    """Tokens for which its blocks have room; the KV cache's own, as is the next."""
     settled_until: int = 0
-    """Computed tokens below which no block of these can be published or released; the KV cache's own."""
+    """Computed tokens below which no block of these can be published or released."""
     token_limit: int = sys.maxsize
     """Tokens that end the sequence, whatever they are: by max_tokens, the context, or the size of the KV cache.
     Set when it is queued."""
@@ -62,8 +68,15 @@ class Sequence:
     plain_from: int = 0
     """Generated tokens from which on the next one follows from its logits, `temperature`, `top_k`, `top_p` and
     `min_p` alone, and nothing is reported beside it; `sys.maxsize`: never."""
+    sampling_record: bytes = field(init=False)
+    """See `server.engine.sampling.arrays.sampling_record`."""
     has_begun: bool = False
     """Whether a step with some of it was launched."""
+
+    def __post_init__(self) -> None:
+        self.request_id = self.request.request_id
+        self.params = self.request.params
+        self.sampling_record = sampling_record(self.params, self.num_prompt_tokens)
 
     @classmethod
     def from_request(cls, request: GenerateRequest) -> Sequence:
@@ -73,14 +86,6 @@ class Sequence:
             num_prompt_tokens=len(request.prompt_token_ids),
             plain_from=_plain_from(request.params),
         )
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.request.params
 
     @property
     def num_tokens(self) -> int:

@@ -224,7 +224,7 @@ class PromptTokenLogprob(TokenLogprob, frozen=True, array_like=True):
     where the model's logits were not finite."""
 
 
-class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What one step produced for one sequence."""
 
     request_id: str
@@ -238,9 +238,10 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_id: int | None = None
     """The stop token, where one ended the sequence."""
     num_cached_tokens: int = 0
-    """Prompt tokens that came from the prefix cache."""
+    """Prompt tokens that came from the prefix cache; rides on the output with the first token, too, and on an
+    error's."""
     scheduled_at: float = 0.0
-    """`time.monotonic()` seconds at which the sequence first joined a batch; 0 before."""
+    """Where `num_cached_tokens` is: `time.monotonic()` seconds at which the sequence first joined a batch."""
     error: str | None = None
     """Why the engine gave up, under FinishReason.ERROR: for the log, so it quotes nothing of the request."""
     is_contradictory: bool = False

@@ -199,8 +199,9 @@ class Engine:
             sampled = self.runner.execute(batch) if batch.sequences else []
             for output in self.scheduler.update(batch, sampled):
                 assert output.error is None
+                if not generated[output.request_id]:
+                    self.num_cached_tokens[output.request_id] = output.num_cached_tokens
                 generated[output.request_id] += output.token_ids
-                self.num_cached_tokens[output.request_id] = output.num_cached_tokens
                 if output.prompt_logprobs is not None:
                     self.prompt_logprobs[output.request_id] = output.prompt_logprobs
                 self.logprobs.setdefault(output.request_id, []).extend(output.logprobs or [])

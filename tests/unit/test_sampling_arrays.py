@@ -12,24 +12,26 @@ from server.engine.sampling.arrays import (
     sampled_token,
     sampling_arrays,
 )
-from server.engine.sampling.rng import uniform, uniforms
+from server.engine.sampling.rng import stream_of, uniform, uniforms
 from server.engine.sampling.types import NOT_FINITE, NOTHING_LEFT
 from server.engine.sequence import Sequence
 from tests.unit.sampling_oracle import sequence
 
 
 def scheduled(seq: Sequence, samples: bool = True, previous_row: int = -1) -> ScheduledSequence:
-    return ScheduledSequence(seq, 0, 1, samples, previous_row=previous_row)
+    # The newest token, be it known or in flight.
+    start = seq.num_tokens - (previous_row < 0)
+    return ScheduledSequence(seq, start, 1, samples, previous_row=previous_row)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**31)), max_size=20))
 def test_numbers_of_many_streams_are_those_of_each(pairs):
-    seeds, indices = [seed for seed, _ in pairs], [index for _, index in pairs]
-    assert uniforms(seeds, indices).tolist() == [uniform(*pair) for pair in pairs]
+    streams, indices = [stream_of(seed) for seed, _ in pairs], [index for _, index in pairs]
+    assert uniforms(streams, indices).tolist() == [uniform(*pair) for pair in pairs]
 
 
 def test_the_largest_seed_at_the_first_index_warns_of_no_overflow():
-    assert uniforms([2**64 - 1], [0]).tolist() == [uniform(2**64 - 1, 0)]
+    assert uniforms([stream_of(2**64 - 1)], [0]).tolist() == [uniform(2**64 - 1, 0)]
 
 
 def test_a_row_for_each_sequence_that_samples():

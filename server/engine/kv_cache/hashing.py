@@ -14,15 +14,15 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NewType
+
+import msgspec
 
 BlockHash = NewType("BlockHash", bytes)
 """SHA-256 of a prefix."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prefix:
+class Prefix(msgspec.Struct, frozen=True, eq=False):
     """The tokens of a sequence from its first to the end of one full block."""
 
     parent: Prefix | None

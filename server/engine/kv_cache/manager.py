@@ -144,15 +144,17 @@ class KVCacheManager:
 
         For a sequence that holds nothing, those of its first `num_cached` tokens (as `find_cached_prefix` just
         said) are shared and `num_new` follow them; otherwise they follow `num_planned`, and `num_cached` is 0.
+        Up to `has_room_until` tokens there is nothing to do.
         """
         if not seq.block_tables:
             return self._allocate_first(seq, num_cached // self.block_size, num_cached + num_new)
-        num_missing = _ceil_div(seq.num_planned + num_new, self.block_size) - len(seq.block_tables[0])
+        num_missing = _ceil_div(seq.num_planned + num_new - seq.has_room_until, self.block_size)
         if num_missing > 0:
             if any(pool.num_free < num_missing for pool in self._pools):
                 return False
             for pool, table in zip(self._pools, seq.block_tables, strict=True):
                 table.extend(pool.allocate(num_missing))
+            seq.has_room_until += num_missing * self.block_size
         return True
 
     def commit(self, seq: Sequence) -> None:
@@ -164,9 +166,11 @@ class KVCacheManager:
         if self.uses_prefix_cache(seq):
             self._publish(seq)
         num_blocks = _ceil_div(seq.num_planned, self.block_size)
-        for pool, table in zip(self._pools, seq.block_tables, strict=True):
-            pool.release(table[num_blocks:])
-            del table[num_blocks:]
+        if num_blocks < len(seq.block_tables[0]):
+            for pool, table in zip(self._pools, seq.block_tables, strict=True):
+                pool.release(table[num_blocks:])
+                del table[num_blocks:]
+            seq.has_room_until = num_blocks * self.block_size
         for group, window in self._sliding:
             table, last = seq.block_tables[group], self._first_visible(window, seq.num_computed) - 1
             while last >= 0 and table[last] != NULL_BLOCK:
@@ -183,7 +187,7 @@ class KVCacheManager:
         for pool, table in zip(self._pools, seq.block_tables, strict=False):  # no tables: nothing held
             pool.release(block for block in reversed(table) if block != NULL_BLOCK)
         seq.block_tables = []
-        seq.settled_until = 0
+        seq.settled_until = seq.has_room_until = 0
         self._chains.pop(seq, None)
 
     def discard(self, seq: Sequence) -> None:
@@ -209,7 +213,7 @@ class KVCacheManager:
                     raise CacheInvariantError(
                         f"{self._names[group]}: {table} at {seq.num_computed} computed tokens"
                     )
-                if len(table) * self.block_size < seq.num_planned:
+                if not seq.num_planned <= seq.has_room_until == len(table) * self.block_size:
                     raise CacheInvariantError(f"{len(table)} blocks for {seq.num_planned} tokens")
 
     # --- details ------------------------------------------------------------------------------------------
@@ -221,9 +225,10 @@ class KVCacheManager:
     def _next_change(self, num_computed: int) -> int:
         """The least number of computed tokens above this one at which a block is full, or out of sight."""
         size = self.block_size
-        full = num_computed // size * size + size
-        windows = (window for _, window in self._sliding)
-        return min([full, *((self._first_visible(w, num_computed) + 1) * size + w - 1 for w in windows)])
+        change = num_computed // size * size + size
+        for _, window in self._sliding:
+            change = min(change, (self._first_visible(window, num_computed) + 1) * size + window - 1)
+        return change
 
     def _most_blocks_held(self, window: int | None, max_chunk: int) -> int:
         """Blocks that hold a window and a chunk: n positions touch at most ceil((n - 1) / block_size) + 1."""
@@ -286,6 +291,7 @@ class KVCacheManager:
         for pool, (first, shared) in zip(self._pools, cached, strict=True):
             pool.acquire(shared)
             seq.block_tables.append(array("i", [NULL_BLOCK] * first + shared + pool.allocate(num_missing)))
+        seq.has_room_until = len(seq.block_tables[0]) * self.block_size
         if self.uses_prefix_cache(seq):
             self._chain(seq).num_published = num_cached_blocks
         return True

@@ -9,10 +9,10 @@ Laws:
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from msgspec import structs
 
 from server.engine.batch import ScheduledSequence
 from server.engine.grammar.state import GrammarState, set_token
@@ -114,7 +114,7 @@ class _Constraint:
                 sampled[index] = SampledToken(-1, error=_GRAMMAR_FAULT)
                 break
             if completes:
-                sampled[index] = replace(token, completes=True)
+                sampled[index] = structs.replace(token, completes=True)
             if completes or draft[index : index + 1] != (token.token_id,):
                 break
         return sampled

@@ -6,29 +6,30 @@ preemption, nor batching, nor a prefix-cache hit can shift a seeded sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
 
 def uniform(seed: int, index: int) -> float:
-    """The `index`-th number of the stream of `seed`: a multiple of 2**-53 in [0, 1).
+    """The `index`-th number of the stream of `seed`: a multiple of 2**-53 in [0, 1)."""
+    return (splitmix64(stream_of(seed), index) >> 11) * 2.0**-53
 
-    `seed` is first scrambled into the start of its stream. Without that, the seeds s and s + _GAMMA would give
-    the same numbers one step apart.
+
+def stream_of(seed: int) -> int:
+    """Where the stream of `seed` starts: 64 bits.
+
+    Were it the seed itself, the seeds s and s + _GAMMA would give the same numbers one step apart.
     """
-    return (splitmix64(splitmix64(seed, 0), index) >> 11) * 2.0**-53
+    return splitmix64(seed, 0)
 
 
-def uniforms(seeds: Sequence[int], indices: Sequence[int]) -> NDArray[np.float64]:
-    """`uniform` of each pair. [R], [R] -> [R]"""
-    state = _splitmix64_of(np.array(seeds, dtype=np.uint64), np.zeros(1, dtype=np.uint64))
-    numbers = _splitmix64_of(state, np.array(indices, dtype=np.uint64)) >> np.uint64(11)
-    return numbers.astype(np.float64) * 2.0**-53
+def uniforms(streams: ArrayLike, indices: ArrayLike) -> NDArray[np.float64]:
+    """`uniform` of each pair, streams for seeds. [R], [R] -> [R]"""
+    numbers = _splitmix64_of(np.asarray(streams, dtype=np.uint64), np.asarray(indices, dtype=np.uint64))
+    return (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def splitmix64(state: int, index: int) -> int:

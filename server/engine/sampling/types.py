@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,8 +19,7 @@ _GREEDY_BELOW = 1e-5
 """Temperatures below are greedy: logits divided by them would overflow (vLLM's _SAMPLING_EPS)."""
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(msgspec.Struct, frozen=True, gc=False):
     """The next token of one sequence, or the reason why there is none."""
 
     token_id: int
