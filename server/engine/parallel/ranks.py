@@ -9,8 +9,8 @@ announces the step's arrays; in it, all ranks add up their partial sums. Nothing
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,15 @@ from server.engine.models.gemma import GemmaModel
 
 _START_SECONDS = 600.0
 """For all ranks to have come: the first may have to wait for another host to be given its pod."""
-_IDLE = timedelta(days=3650)
+_IDLE = datetime.timedelta(days=3650)
 """Without requests nothing is announced, for any time."""
 
 
 def open_store(host: str, port: int, num_ranks: int, *, is_leader: bool) -> TCPStore:
     """Where the ranks find each other. port: 0 for any that is free. Raises RuntimeError."""
-    return TCPStore(host, port, num_ranks, is_leader, timedelta(seconds=_START_SECONDS), wait_for_workers=False)
+    return TCPStore(
+        host, port, num_ranks, is_leader, datetime.timedelta(seconds=_START_SECONDS), wait_for_workers=False
+    )
 
 
 class Ranks:
