@@ -72,6 +72,10 @@ bench-structured: $(DEV)  ## Throughput with and without a JSON schema, and the 
 bench-batch: $(DEV)  ## What clients notice of a batch that runs beside them
 	@$(BIN)/python -m benchmarks.beside_batch $(ARGS)
 
+.PHONY: bench-front
+bench-front: $(DEV)  ## What the HTTP side delivers, and how late, with a stand-in for the engine
+	@$(BIN)/python -m benchmarks.front.run $(ARGS)
+
 .PHONY: bench-gpu
 bench-gpu: $(DEV)  ## Step times on an NVIDIA GPU as multiples of what it could do, and throughput; 8 minutes, 22 GB of disk
 	@$(BIN)/python -m benchmarks.gpu.run $(ARGS)
