@@ -26,7 +26,7 @@ from msgspec import Raw, Struct
 from starlette.types import Receive, Scope, Send
 
 from server.api.body import read_as
-from server.api.health import readyz
+from server.api.health import add_probe, readyz
 from server.api.ignored_fields import HEADER
 from server.api.inner import InnerAnswer, InnerRoutes
 from server.api.responses import encode, json_response
@@ -58,7 +58,7 @@ def routers(config: ServerConfig) -> list[APIRouter]:
     """The routes that the configuration names."""
     router = APIRouter()
     if config.health_route is not None:
-        router.get(config.health_route, summary="Can requests be served?")(readyz)
+        add_probe(router, config.health_route, readyz)
     if config.predict_route is not None:
         router.post(config.predict_route, dependencies=[ENTERING], summary="Predict, as on Vertex AI")(predict)
     return [router]

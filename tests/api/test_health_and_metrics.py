@@ -50,6 +50,18 @@ def test_probes_tell_loading_from_ready_from_dead() -> None:
         assert_error(server.chat(), 503, code="engine_unavailable")
 
 
+def test_head_asks_what_get_asks_and_is_answered_without_a_body() -> None:
+    health_route = "/of/the/platform"
+    with live_server(loaded=False, health_route=health_route) as server:
+        for load in (lambda: None, server.runtime.load):
+            load()
+            for path in ("/livez", "/startupz", "/readyz", "/health", "/ping", health_route):
+                head, get = server.http.head(path), server.http.get(path)
+                assert (head.status_code, head.content) == (get.status_code, b""), path
+                assert head.headers["content-type"] == get.headers["content-type"]
+                assert head.headers.get("retry-after") == get.headers.get("retry-after")
+
+
 @pytest.mark.covers("E01")
 def test_while_the_engine_is_restarted_new_work_is_told_to_come_back() -> None:
     with live_server() as server:
