@@ -125,6 +125,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     ),
     "Life": (
         Panel("Loading took", "s", (("{{instance}}", f"gemma_model_load_seconds{{{_SERVER}}}"),), "stat"),
+        Panel(
+            "Stages of the start",
+            "s",
+            (("{{stage}}", f"max by (stage) (gemma_startup_seconds{{{_SERVER}}})"),),
+            "stat",
+        ),
         Panel("Draining", "none", (("replicas", f"sum(gemma_draining{{{_SERVER}}})"),), "stat"),
         Panel(
             "Engines replaced, 1 h",
