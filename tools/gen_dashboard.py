@@ -100,7 +100,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
         Panel("KV cache in use", "percentunit", (("{{instance}}", f"vllm:kv_cache_usage_perc{{{_MODEL}}}"),)),
-        Panel("Step", "s", _quantiles("gemma_engine_step_seconds", _SERVER)),
+        Panel(
+            "Step",
+            "s",
+            (
+                *_quantiles("gemma_engine_step_seconds", _SERVER),
+                ("mean", _mean("gemma_engine_step_seconds", _SERVER)),
+                ("mean wait for the device", _mean("gemma_engine_wait_seconds", _SERVER)),
+            ),
+        ),
         Panel("Tokens in a step", "none", (("mean", _mean("vllm:iteration_tokens_total")),)),
         Panel(
             "Prompt tokens from the prefix cache",
