@@ -183,6 +183,12 @@ class EngineMetrics:
             buckets=STEP_BUCKETS,
             registry=registry,
         )
+        self._wait_seconds = Histogram(
+            "gemma_engine_wait_seconds",
+            "Seconds of one step in which the host had nothing to do but wait for the device.",
+            buckets=STEP_BUCKETS,
+            registry=registry,
+        )
 
     def record(self, stats: StepStats) -> None:
         self._running.set(stats.num_running)
@@ -198,6 +204,7 @@ class EngineMetrics:
         if num_tokens:
             self._iteration_tokens.observe(num_tokens)
             self._step_seconds.observe(stats.step_seconds)
+            self._wait_seconds.observe(stats.wait_seconds)
 
 
 class RequestMetrics:

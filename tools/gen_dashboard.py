@@ -100,7 +100,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
         Panel("KV cache in use", "percentunit", (("{{instance}}", f"vllm:kv_cache_usage_perc{{{_MODEL}}}"),)),
-        Panel("Step", "s", _quantiles("gemma_engine_step_seconds", _SERVER)),
+        Panel(
+            "Step",
+            "s",
+            (
+                *_quantiles("gemma_engine_step_seconds", _SERVER),
+                ("mean", _mean("gemma_engine_step_seconds", _SERVER)),
+                ("mean wait for the device", _mean("gemma_engine_wait_seconds", _SERVER)),
+            ),
+        ),
         Panel("Tokens in a step", "none", (("mean", _mean("vllm:iteration_tokens_total")),)),
         Panel(
             "Prompt tokens from the prefix cache",
@@ -125,6 +133,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     ),
     "Life": (
         Panel("Loading took", "s", (("{{instance}}", f"gemma_model_load_seconds{{{_SERVER}}}"),), "stat"),
+        Panel(
+            "Stages of the start",
+            "s",
+            (("{{stage}}", f"max by (stage) (gemma_startup_seconds{{{_SERVER}}})"),),
+            "stat",
+        ),
         Panel("Draining", "none", (("replicas", f"sum(gemma_draining{{{_SERVER}}})"),), "stat"),
         Panel(
             "Engines replaced, 1 h",

@@ -18,6 +18,8 @@ from google.cloud import aiplatform
 PORT = 8080
 HEALTH_ROUTE = "/readyz"
 PREDICT_ROUTE = "/predict"
+PROBES = {"startup": "startup", "health": "ready"}
+"""Vertex AI's probes, and what `server.probe` calls the question."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,12 +47,46 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--request-timeout", type=int, default=3600, help="seconds, of a dedicated endpoint")
     parser.add_argument("--start-timeout", type=int, default=1800, help="seconds until a replica must be ready")
+    parser.add_argument(
+        "--invoke",
+        action="store_true",
+        help="every path of the server under the endpoint's /invoke, instead of one route for predictions",
+    )
+    parser.add_argument(
+        "--shared-memory-mb", type=_positive, metavar="N", help="of the machine's memory, for /dev/shm"
+    )
+    for probe, question in PROBES.items():
+        command = f"python -m server.probe {question}"
+        parser.add_argument(
+            f"--{probe}-probe-period",
+            type=_positive,
+            metavar="SECONDS",
+            help=f"from one `{command}` in the container to the next; not run unless this is given",
+        )
+        parser.add_argument(
+            f"--{probe}-probe-timeout",
+            type=_positive,
+            metavar="SECONDS",
+            help="until it counts as failed. Default: as long as the period",
+        )
     given = parser.parse_args(arguments)
     if (given.artifact_uri is None) == (given.model is None):
         parser.error("give one of --artifact-uri and --model")
     if any("=" not in pair for pair in given.env):
         parser.error("--env takes NAME=VALUE")
+    if given.invoke and given.shared_endpoint:
+        parser.error("--invoke needs a dedicated endpoint: leave out --shared-endpoint")
+    for probe in PROBES:
+        if getattr(given, f"{probe}_probe_timeout") and not getattr(given, f"{probe}_probe_period"):
+            parser.error(f"--{probe}-probe-timeout needs --{probe}-probe-period")
     return given
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return number
 
 
 def deploy(given: argparse.Namespace) -> Any:
@@ -65,9 +101,11 @@ def deploy(given: argparse.Namespace) -> Any:
         serving_container_image_uri=given.image,
         serving_container_ports=[PORT],
         serving_container_health_route=HEALTH_ROUTE,
-        serving_container_predict_route=PREDICT_ROUTE,
         serving_container_environment_variables=variables,
         serving_container_deployment_timeout=given.start_timeout,
+        serving_container_shared_memory_size_mb=given.shared_memory_mb,
+        **_routes(given),
+        **_probes(given),
     )
     dedicated = {} if given.shared_endpoint else {"inference_timeout": given.request_timeout}
     endpoint = aiplatform.Endpoint.create(
@@ -87,11 +125,31 @@ def deploy(given: argparse.Namespace) -> Any:
     return endpoint
 
 
+def _routes(given: argparse.Namespace) -> dict[str, str]:
+    """A model has one or the other; what there is for `invoke` is all paths."""
+    if given.invoke:
+        return {"serving_container_invoke_route_prefix": "/*"}
+    return {"serving_container_predict_route": PREDICT_ROUTE}
+
+
+def _probes(given: argparse.Namespace) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for probe, question in PROBES.items():
+        period = getattr(given, f"{probe}_probe_period")
+        if period is not None:
+            prefix = f"serving_container_{probe}_probe"
+            arguments[f"{prefix}_exec"] = ["python", "-m", "server.probe", question]
+            arguments[f"{prefix}_period_seconds"] = period
+            arguments[f"{prefix}_timeout_seconds"] = getattr(given, f"{probe}_probe_timeout") or period
+    return arguments
+
+
 def main() -> None:
     given = parse_arguments()
     endpoint = deploy(given)
     print(f"serving at {endpoint.resource_name}")
-    print(f"python deploy/vertex/smoke.py --endpoint {endpoint.resource_name}")
+    invoke = " --invoke" if given.invoke else ""
+    print(f"python deploy/vertex/smoke.py --endpoint {endpoint.resource_name}{invoke}")
 
 
 if __name__ == "__main__":

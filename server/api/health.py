@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from fastapi import APIRouter, Request, Response
 
 from server import __version__
@@ -18,25 +20,36 @@ from server.runtime import Phase, Runtime
 
 router = APIRouter()
 
+_READY = "Can requests be served?"
 
-@router.get("/livez", summary="Is the process in order?")
+
+def add_probe(
+    router: APIRouter, path: str, probe: Callable[[Request], Awaitable[Response]], summary: str = _READY
+) -> None:
+    """HEAD asks as GET does: some load balancers know no other way."""
+    router.get(path, summary=summary)(probe)
+    router.head(path, include_in_schema=False)(probe)
+
+
 async def livez(request: Request) -> Response:
     runtime = runtime_of(request)
     return _probe(runtime, passes=runtime.phase is not Phase.FAILED)
 
 
-@router.get("/startupz", summary="Is the model loaded?")
 async def startupz(request: Request) -> Response:
     runtime = runtime_of(request)
     return _probe(runtime, passes=runtime.model is not None)
 
 
-@router.get("/readyz", summary="Can requests be served?")
-@router.get("/health", summary="Can requests be served?")
-@router.get("/ping", summary="Can requests be served?")
 async def readyz(request: Request) -> Response:
     runtime = runtime_of(request)
     return _probe(runtime, passes=runtime.phase is Phase.READY and not runtime.is_draining)
+
+
+add_probe(router, "/livez", livez, "Is the process in order?")
+add_probe(router, "/startupz", startupz, "Is the model loaded?")
+for _path in ("/readyz", "/health", "/ping"):
+    add_probe(router, _path, readyz)
 
 
 @router.get("/version", summary="The server's version")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -10,32 +11,38 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+_Structs = type[msgspec.Struct] | tuple[type[msgspec.Struct], ...]
 _REF = "#/components/schemas/{}"
 
 _requests: set[type[BaseModel]] = set()
 _answers: set[type[msgspec.Struct]] = set()
 
 
-def body_of(
-    *requests: type[BaseModel], answer: type[msgspec.Struct], stream: type[msgspec.Struct] | None = None
-) -> dict[str, Any]:
-    """`openapi_extra` of a route that takes any of `requests` and answers with `answer` or a stream."""
+def body_of(*requests: type[BaseModel], answer: _Structs, stream: _Structs | None = None) -> dict[str, Any]:
+    """`openapi_extra` of a route that takes any of `requests` and answers with an `answer` or a stream."""
+    answers, events = _all(answer), _all(stream)
     _requests.update(requests)
-    _answers.update({answer} if stream is None else {answer, stream})
-    schemas = [{"$ref": _REF.format(request.__name__)} for request in requests]
-    content: dict[str, Any] = {"application/json": {"schema": {"$ref": _REF.format(answer.__name__)}}}
-    if stream is not None:
-        text = f"With `stream`: `data:` events that hold a {stream.__name__}, then `data: [DONE]`."
+    _answers.update(answers, events)
+    content: dict[str, Any] = {"application/json": {"schema": _any_of(answers)}}
+    if events:
+        names = " or a ".join(event.__name__ for event in events)
+        text = f"With `stream`: `data:` events that hold a {names}, then `data: [DONE]`."
         content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
     return {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}}
-            },
-        },
+        "requestBody": {"required": True, "content": {"application/json": {"schema": _any_of(requests)}}},
         "responses": {"200": {"description": "The answer", "content": content}},
     }
+
+
+def _all(structs: _Structs | None) -> tuple[type[msgspec.Struct], ...]:
+    if structs is None:
+        return ()
+    return structs if isinstance(structs, tuple) else (structs,)
+
+
+def _any_of(types: Sequence[type]) -> dict[str, Any]:
+    schemas = [{"$ref": _REF.format(one.__name__)} for one in types]
+    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
 
 def document(app: FastAPI) -> dict[str, Any]:

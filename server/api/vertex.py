@@ -18,18 +18,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import Raw, Struct
+from pydantic import Field
 from starlette.types import Receive, Scope, Send
 
 from server.api.body import read_as
-from server.api.health import readyz
+from server.api.field_types import WireModel
+from server.api.health import add_probe, readyz
 from server.api.ignored_fields import HEADER
 from server.api.inner import InnerAnswer, InnerRoutes
-from server.api.responses import encode, json_response
+from server.api.openapi import body_of
+from server.api.protocol import ChatCompletionRequest, CompletionRequest
+from server.api.responses import ChatCompletion, ChatCompletionChunk, Completion, encode, json_response
 from server.api.serving import runtime_of, unless_disconnected
 from server.api.terms import ENTERING, terms_of
 from server.errors import InvalidRequestError, shown
@@ -58,14 +62,47 @@ def routers(config: ServerConfig) -> list[APIRouter]:
     """The routes that the configuration names."""
     router = APIRouter()
     if config.health_route is not None:
-        router.get(config.health_route, summary="Can requests be served?")(readyz)
+        add_probe(router, config.health_route, readyz)
     if config.predict_route is not None:
-        router.post(config.predict_route, dependencies=[ENTERING], summary="Predict, as on Vertex AI")(predict)
+        router.post(
+            config.predict_route,
+            dependencies=[ENTERING],
+            summary="Predict, as on Vertex AI",
+            openapi_extra=_BODY,
+        )(predict)
     return [router]
+
+
+class PredictRequest(WireModel):
+    """For the OpenAPI document: what is wrong with an instance is to be said of that instance."""
+
+    instances: list[str | dict[str, Any]] = Field(
+        min_length=1,
+        description="A prompt, or an object with `prompt`, `inputs` or `messages` and with the fields of a"
+        " completion or a chat completion. Required.",
+    )
+    parameters: dict[str, Any] | None = Field(
+        None, description="Fields of all instances that do not have their own. Default: none."
+    )
+    request_format: Literal["chatCompletions"] | None = Field(
+        None,
+        alias="@requestFormat",
+        description="Take all instances for conversations. Default: those with `messages`.",
+    )
 
 
 class Predictions(Struct):
     predictions: Any
+    """Of each instance: the text of a prompt or a list of them, the chat completion of a conversation."""
+
+
+_BODY = body_of(
+    PredictRequest,
+    ChatCompletionRequest,
+    CompletionRequest,
+    answer=(Predictions, ChatCompletion, Completion),
+    stream=(ChatCompletionChunk, Completion),
+)
 
 
 async def predict(request: Request) -> Response:

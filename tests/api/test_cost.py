@@ -32,7 +32,7 @@ BY_MODEL = {
     "stop_token_ids.[]": "vocabulary",
 }
 """Numbers whose greatest value the schema does not give, and what gives it: the model or an option."""
-READ_ONCE = {"content", "output", "prompt", "tokens", "tools", "include", "system"}
+READ_ONCE = {"content", "instances", "output", "prompt", "tokens", "tools", "include", "system"}
 """Lists that the size of the body bounds, or what they are read for."""
 
 

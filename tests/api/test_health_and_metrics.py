@@ -50,6 +50,18 @@ def test_probes_tell_loading_from_ready_from_dead() -> None:
         assert_error(server.chat(), 503, code="engine_unavailable")
 
 
+def test_head_asks_what_get_asks_and_is_answered_without_a_body() -> None:
+    health_route = "/of/the/platform"
+    with live_server(loaded=False, health_route=health_route) as server:
+        for load in (lambda: None, server.runtime.load):
+            load()
+            for path in ("/livez", "/startupz", "/readyz", "/health", "/ping", health_route):
+                head, get = server.http.head(path), server.http.get(path)
+                assert (head.status_code, head.content) == (get.status_code, b""), path
+                assert head.headers["content-type"] == get.headers["content-type"]
+                assert head.headers.get("retry-after") == get.headers.get("retry-after")
+
+
 @pytest.mark.covers("E01")
 def test_while_the_engine_is_restarted_new_work_is_told_to_come_back() -> None:
     with live_server() as server:
@@ -154,6 +166,7 @@ def test_a_step_is_recorded() -> None:
                     num_prefill_tokens=6,
                     num_decode_tokens=2,
                     step_seconds=0.25,
+                    wait_seconds=0.125,
                 )
             )
         assert server.metric(f"vllm:num_requests_running{LABELS}") == 3
@@ -167,6 +180,8 @@ def test_a_step_is_recorded() -> None:
         assert server.metric(f"vllm:spec_decode_num_accepted_tokens_total{LABELS}") == 4
         assert server.metric(f"vllm:iteration_tokens_total_sum{LABELS}") == 16
         assert server.metric("gemma_engine_step_seconds_sum") == 0.5
+        assert server.metric("gemma_engine_wait_seconds_sum") == 0.25
+        assert server.metric("gemma_engine_wait_seconds_count") == 2
 
 
 def test_a_request_is_observed() -> None:
@@ -296,9 +311,9 @@ vllm:e2e_request_latency_seconds vllm:request_queue_time_seconds vllm:request_in
 vllm:request_prefill_time_seconds vllm:request_decode_time_seconds vllm:request_prompt_tokens
 vllm:request_generation_tokens vllm:request_params_max_tokens vllm:iteration_tokens_total
 gemma_http_requests_total gemma_requests_rejected_total gemma_requests_aborted_total gemma_model_loaded
-gemma_model_load_seconds gemma_startup_seconds gemma_engine_step_seconds gemma_client_disconnects_total
-gemma_sse_open_streams gemma_build_info process_start_time_seconds process_resident_memory_bytes
-process_open_fds
+gemma_model_load_seconds gemma_startup_seconds gemma_engine_step_seconds gemma_engine_wait_seconds
+gemma_client_disconnects_total gemma_sse_open_streams gemma_build_info process_start_time_seconds
+process_resident_memory_bytes process_open_fds
 """
 """What dashboards, autoscalers, gateways and alerts ask for."""
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 
 from tests.api.support import LiveServer, fresh, live_server, wait_until
@@ -220,6 +221,42 @@ def test_a_client_that_leaves_a_stream_ends_it(vertex: LiveServer) -> None:
         next(answer.iter_lines())
     vertex.assert_idle()
     assert len(vertex.engine.aborted) == 1
+
+
+# --- the document ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"instances": ["ab", {"prompt": "ab"}], "parameters": {"max_tokens": 2}},
+        {"@requestFormat": "chatCompletions", "instances": [{"messages": MESSAGES}], "parameters": None},
+        {"messages": MESSAGES, "max_tokens": 2},
+        {"prompt": "ab", "max_tokens": 2},
+    ],
+)
+def test_the_document_tells_what_the_route_takes_and_answers(vertex: LiveServer, body: dict[str, Any]) -> None:
+    document = vertex.http.get("/openapi.json").json()
+    route = document["paths"][PREDICT]["post"]
+    asked, answered = (
+        {**place["content"]["application/json"]["schema"], "components": document["components"]}
+        for place in (route["requestBody"], route["responses"]["200"])
+    )
+    jsonschema.validate(body, asked)
+    answer = vertex.http.post(PREDICT, json=body)
+    assert answer.status_code == 200
+    jsonschema.validate(answer.json(), answered)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"instances": []}, {"instances": [7]}, {"instances": ["ab"], "parameters": []}]
+)
+def test_what_the_document_does_not_allow_the_route_refuses(vertex: LiveServer, wrong: dict[str, Any]) -> None:
+    document = vertex.http.get("/openapi.json").json()
+    reference = {"$ref": "#/components/schemas/PredictRequest", "components": document["components"]}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, reference)
+    assert vertex.http.post(PREDICT, json=wrong).status_code == 400
 
 
 # --- around it -------------------------------------------------------------------------------------------

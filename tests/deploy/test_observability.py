@@ -58,3 +58,8 @@ def test_promtool_finds_nothing_wrong(arguments: tuple[str, ...]) -> None:
 
 def test_the_dashboard_is_up_to_date() -> None:
     assert gen_dashboard.DASHBOARD.read_text(encoding="utf-8") == gen_dashboard.dashboard(), "run `make docs`"
+
+
+@pytest.mark.parametrize("name", ["gemma_startup_seconds", "gemma_engine_wait_seconds"])
+def test_the_dashboard_shows_where_time_goes(name: str) -> None:
+    assert f"{name}{{" in gen_dashboard.dashboard() or f"{name}_sum{{" in gen_dashboard.dashboard()
