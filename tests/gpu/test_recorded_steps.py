@@ -26,3 +26,24 @@ def test_graphs_give_what_each_sequence_gives_alone_on_a_cpu(name: str) -> None:
     for one, seq in zip(wanted, seqs, strict=True):
         generated = driver.finish(seq)
         assert generated == Engine(our_model(name)).generate([one])[0][: len(generated)]
+
+
+def test_a_recording_without_memory_for_it_leaves_the_queue_as_it_was() -> None:
+    device = torch.device("cuda")
+    queue = CudaQueue(device)
+    state = queue.persistent((1,), torch.float32)
+    state.zero_()
+    too_much = torch.cuda.mem_get_info(device)[1]  # bytes, for as many floats
+
+    def work() -> None:
+        state.add_(1)
+        torch.empty(too_much, device=device).add_(1)
+
+    stream = torch.cuda.current_stream(device)
+    with pytest.raises(torch.OutOfMemoryError):
+        queue.record(work)
+    assert torch.cuda.current_stream(device) == stream
+    replay = queue.record(lambda: state.add_(10))
+    replay()
+    queue.mark().wait()
+    assert state.item() == 10

@@ -59,7 +59,7 @@ class DeviceQueue(Protocol):
 
         `work` must have run before with tensors of the same shapes. It must not wait for the device, nor read
         the host's memory. Its tensors must live as long as the recording; those that it makes are lost at its
-        end.
+        end. Raises torch.OutOfMemoryError, behind which the queue goes on as if nothing had been recorded.
         """
 
     def mark(self) -> Mark:

@@ -10,7 +10,8 @@ Laws:
 
 - The tensors that a step reads and writes stay where they are, so that it can be recorded and replayed.
 - Steps are padded to one of a few shapes. The first step of a shape runs as it is and is recorded behind that;
-  later ones are replays. Those that are too large for that run as they are, on the same buffer.
+  later ones are replays. Those that are too large for that run as they are, on the same buffer; so do, padded,
+  those for whose recording there was no memory.
 - The sampled tokens of two steps are kept: a step reads the other half of them than it writes. Run twice, it
   does the same.
 - A pinned buffer is written again only when its copy is done, and a step is launched only when the one before
@@ -19,6 +20,7 @@ Laws:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +38,8 @@ from server.engine.device_step.sizes import RecordedShapes
 from server.engine.dtype import DType
 from server.engine.inputs import Int32Array, ModelInputs, null_inputs
 from server.engine.memory import PoolLimits
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +254,8 @@ class _Recorded:
     work: Callable[[], None]
     replay: Callable[[], None] | None = None
     """Once recorded."""
+    has_no_room: bool = False
+    """Whether there was no memory for a recording."""
 
     def enqueue(self, queue: DeviceQueue) -> None:
         if self.replay is None:
@@ -259,5 +265,15 @@ class _Recorded:
 
     def record(self, queue: DeviceQueue) -> None:
         """Once it has run, so that all that an operation does when it is first called has been done."""
-        if self.replay is None:
+        if self.replay is not None or self.has_no_room:
+            return
+        try:
             self.replay = queue.record(self.work)
+        except torch.OutOfMemoryError:
+            self.has_no_room = True
+            logger.warning(
+                "no device memory is left to record steps of %d tokens and %d sequences, which run unrecorded "
+                "from now on, and slower: lower --gpu-memory-utilization or --kv-cache-memory-bytes",
+                self.layout.shape.num_tokens,
+                self.layout.shape.num_seqs,
+            )
