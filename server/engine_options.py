@@ -23,6 +23,7 @@ def engine_config(
         max_num_batched_tokens=config.max_num_batched_tokens,
         prefill_stretch=config.prefill_stretch,
         async_scheduling=config.async_scheduling,
+        enforce_eager=config.enforce_eager,
         tensor_parallel_size=config.tensor_parallel_size,
         speculative_ngram_tokens=config.speculative_ngram_tokens,
         block_size=config.block_size,

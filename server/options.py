@@ -131,6 +131,11 @@ class ServerConfig(BaseModel):
         description="Plan and launch each step while the GPU computes the one before it. Outputs stay the "
         "same. On where the back end can, if not given; on a CPU none can, for the host is the device.",
     )
+    enforce_eager: bool = Field(
+        False,
+        description="Record no step on a GPU to replay it later (no CUDA graphs): a faster start and less "
+        "memory, at the price of slower steps. Outputs stay the same. On a CPU none is recorded.",
+    )
     speculative_ngram_tokens: int | None = Field(
         None,
         ge=0,

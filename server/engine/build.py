@@ -230,7 +230,7 @@ def _step_maker(backend: AnyBackend, config: EngineConfig, limits: PoolLimits) -
         return None
     from server.engine.device_step.assemble import StepMaker  # imports torch, as such a back end has done
 
-    return StepMaker(backend, config.suppress_token_ids, limits)
+    return StepMaker(backend, config.suppress_token_ids, limits, records=not config.enforce_eager)
 
 
 def _runs_ahead(config: EngineConfig, is_possible: bool, backend: str, device: str) -> bool:

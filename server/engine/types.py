@@ -120,6 +120,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How many times the time of a step without prompts one with them may take, while streams run."""
     async_scheduling: bool | None = None
     """Whether each step is launched while the one before it is computed; None: where the back end can."""
+    enforce_eager: bool = False
+    """Whether a device's steps are never recorded and replayed."""
     speculative_ngram_tokens: int | None = None
     """Guessed tokens that one step checks at most; 0: none. None: chosen by back end."""
     tensor_parallel_size: int = 1

@@ -32,6 +32,7 @@ class Driver:
     model: GemmaModel
     """Of a `DeviceBackend`."""
     num_blocks: int = 200
+    records: bool = True
     _pending: tuple[PendingTokens, list[EngineSequence]] | None = None
 
     def __post_init__(self) -> None:
@@ -43,7 +44,7 @@ class Driver:
         self.kv = KVTensors(self.model.backend, groups, counts, limits.block_size)
         self.manager = KVCacheManager(groups, counts, limits.block_size, False, limits.max_num_batched_tokens)
         assert isinstance(self.model.backend, DeviceBackend)
-        self.step = StepMaker(self.model.backend, (), limits).make(self.model, self.kv)
+        self.step = StepMaker(self.model.backend, (), limits, records=self.records).make(self.model, self.kv)
         self.results: dict[str, list[int]] = {}
 
     def launch(self, plan: Iterable[tuple[EngineSequence, int]]) -> None:

@@ -44,3 +44,6 @@ def test_an_engine_on_a_device_runs_ahead_and_generates_what_the_synchronous_one
     monkeypatch.setattr(build, "choose_backend", lambda *_: StaticBackend(queue, sample))
     assert generated(config(model_path, **changes)) == wanted
     assert queue.num_replays > 8
+    replays = queue.num_replays
+    assert generated(config(model_path, enforce_eager=True, **changes)) == wanted
+    assert queue.num_replays == replays

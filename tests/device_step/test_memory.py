@@ -67,6 +67,23 @@ def test_weights_the_largest_step_recordings_and_the_rest_are_told_apart() -> No
     queue.close()
 
 
+def test_without_recordings_none_are_counted() -> None:
+    queue = Metered(
+        [
+            MemoryReport(total=10_000, free=9_500, allocated=100, peak=0),  # before the weights
+            MemoryReport(total=10_000, free=6_400, allocated=3_100, peak=3_200),  # with them
+            MemoryReport(total=10_000, free=6_300, allocated=3_150, peak=3_900),  # after the largest step
+            MemoryReport(total=10_000, free=6_350, allocated=3_100, peak=3_600),  # without it
+        ]
+    )
+    model = static_model("gemma3", queue)
+    assert isinstance(model.backend, StaticBackend)
+    use = StepMaker(model.backend, (), LIMITS, records=False).measure(model)
+    assert use == MemoryUse(weights=3_000, step=800, recordings=0, other=150)
+    assert queue.num_recordings == 0
+    queue.close()
+
+
 def test_a_step_that_does_not_fit_beside_the_weights_says_what_to_lower(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -63,3 +63,18 @@ def test_steps_whose_tokens_the_host_chooses_go_on_unrecorded_too() -> None:
             driver.compute([(seq, 1)])
         assert driver.finish(seq) == alone("gemma3", one)
     assert queue.num_refused == 1
+
+
+def test_without_recordings_steps_of_any_shape_give_what_each_sequence_gives_alone() -> None:
+    wanted = requests(3, max_tokens=12)
+    seqs = [Sequence.from_request(one) for one in wanted]
+    with closing(ThreadQueue()) as queue:
+        driver = Driver(static_model("gemma3", queue), records=False)
+        driver.step.warm_up()
+        prefill(driver, seqs)
+        for step in range(10):
+            driver.launch([(seq, 1) for seq in seqs[: 3 if step % 2 else 2]])
+        driver.compute([(seqs[0], 1)])
+        generated = [driver.finish(seq)[:6] for seq in seqs]
+    assert generated == [alone("gemma3", one)[:6] for one in wanted]
+    assert queue.num_recordings == queue.num_replays == 0

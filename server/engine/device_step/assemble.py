@@ -23,11 +23,20 @@ logger = logging.getLogger(__name__)
 class StepMaker:
     """Makes the steps of one model on one device."""
 
-    def __init__(self, backend: DeviceBackend, suppress_token_ids: tuple[int, ...], limits: PoolLimits) -> None:
-        """To be made before the weights are loaded, for the measure of what they take."""
+    def __init__(
+        self,
+        backend: DeviceBackend,
+        suppress_token_ids: tuple[int, ...],
+        limits: PoolLimits,
+        *,
+        records: bool = True,
+    ) -> None:
+        """To be made before the weights are loaded, for the measure of what they take. records: whether steps
+        are recorded."""
         self._backend = backend
         self._suppress_token_ids = suppress_token_ids
         self._limits = limits
+        self._records = records
         self._at_start = backend.queue().memory()
 
     def make(self, model: GemmaModel, kv: KVTensors) -> DeviceStep:
@@ -63,7 +72,7 @@ class StepMaker:
             hidden_size=model.config.hidden_size,
             dtype=model.backend.dtype,
         )
-        return DeviceStep(queue, device_model, self._limits, kv.num_groups)
+        return DeviceStep(queue, device_model, self._limits, kv.num_groups, records=self._records)
 
     def _measure(self, model: GemmaModel) -> MemoryUse:
         groups = model.config.kv_groups()
@@ -75,7 +84,7 @@ class StepMaker:
         after_largest = queue.memory()
         free = [after_largest.free]
         chunks, decodes = step.shapes.chunks(), step.shapes.decodes()
-        for shape in [*chunks, *decodes][:2]:
+        for shape in [*chunks, *decodes][:2] if self._records else []:
             step.record(shape)
             free.append(queue.memory().free)
         taken = [max(0, earlier - later) for earlier, later in pairwise(free)]
@@ -86,7 +95,7 @@ class StepMaker:
         return MemoryUse(
             weights=before.allocated - start.allocated,
             step=after_largest.peak - before.allocated,
-            recordings=taken[0] + sum(taken[1:]) * num_others,
+            recordings=sum(taken[:1]) + sum(taken[1:]) * num_others,
             other=max(0, start.free - end.free - (end.allocated - start.allocated)),
         )
 

@@ -76,7 +76,17 @@ class PendingTokens:
 class DeviceStep:
     """Launches steps on one queue. Not thread-safe."""
 
-    def __init__(self, queue: DeviceQueue, model: DeviceModel, limits: PoolLimits, num_groups: int) -> None:
+    def __init__(
+        self,
+        queue: DeviceQueue,
+        model: DeviceModel,
+        limits: PoolLimits,
+        num_groups: int,
+        *,
+        records: bool = True,
+    ) -> None:
+        """records: whether steps are padded and recorded; else all of them run as they are."""
+        self._records = records
         self._queue = queue
         self._model = model
         self._limits = limits
@@ -101,10 +111,7 @@ class DeviceStep:
         sampling: the arrays of `DeviceModel.sampling`, each [R].
         """
         shape = StepShape.of(inputs)
-        if shape.is_decodes:
-            padded: StepShape | None = self.shapes.decodes_of(shape.num_seqs)
-        else:
-            padded = self.shapes.chunks_of(shape.num_tokens, shape.num_seqs)
+        padded = self._padded(shape)
         if padded is None:
             return self._launch_unrecorded(inputs, sampling)
         recorded = self._upload_recorded(padded, inputs, sampling)
@@ -119,10 +126,11 @@ class DeviceStep:
         Returns the hidden states of its output rows, [R, hidden], until the next step.
         """
         shape = StepShape.of(inputs)
-        if not shape.is_decodes:
+        padded = self._padded(shape) if shape.is_decodes else None
+        if padded is None:
             arrays = self._upload_unrecorded(self._layout(shape, {}), inputs, {})
             return self._queue.result(partial(self._forward, arrays))
-        recorded = self._upload_recorded(self.shapes.decodes_of(shape.num_seqs), inputs, None)
+        recorded = self._upload_recorded(padded, inputs, None)
         recorded.enqueue(self._queue)
         recorded.record(self._queue)
         return self._queue.result(lambda: self._hidden[: shape.num_seqs])
@@ -131,13 +139,13 @@ class DeviceStep:
 
     def warm_up(self) -> None:
         """Records the shape that needs most memory, in which all others find room, and those at the other ends,
-        so that all kernels are compiled."""
+        so that all kernels are compiled. Without recordings it runs them for their kernels alone."""
         for shapes in (self.shapes.chunks(), self.shapes.decodes()):
             for shape in (shapes[0], shapes[-1]):
                 self.record(shape)
 
     def record(self, shape: StepShape) -> None:
-        """Runs a step of one of `shapes`, to its end, in the null block."""
+        """Runs a step of one of `shapes`, to its end, in the null block, and records it if steps are."""
         num_seqs = shape.num_seqs if shape.is_decodes else min(shape.num_output_rows, shape.num_tokens - 1)
         inputs, sampling = self._null_step(shape.num_tokens, num_seqs)
         self.launch(inputs, sampling).wait()
@@ -155,6 +163,14 @@ class DeviceStep:
         counts = np.minimum(counts, lengths)
         inputs = null_inputs(counts, lengths, self._num_groups, self._limits.block_size)
         return inputs, {name: np.zeros(num_seqs, dtype) for name, dtype in self._model.sampling.items()}
+
+    def _padded(self, shape: StepShape) -> StepShape | None:
+        """The shape that is recorded for steps of this one, if there is one."""
+        if not self._records:
+            return None
+        if shape.is_decodes:
+            return self.shapes.decodes_of(shape.num_seqs)
+        return self.shapes.chunks_of(shape.num_tokens, shape.num_seqs)
 
     # --- packing --------------------------------------------------------------------------------------------
 
