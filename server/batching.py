@@ -190,7 +190,7 @@ class Scheduler:
         if not preempted:
             self._admit(plan, budget, ahead=False)
             self._draft(plan)
-        return _launched(plan, preempted)
+        return ScheduledBatch.launched(plan.values(), preempted)
 
     def schedule_ahead(self, max_prefill_tokens: int = sys.maxsize) -> ScheduledBatch | None:
         """As `schedule`, behind a step in flight, whose tokens count as there, though nobody knows them.
@@ -218,7 +218,7 @@ class Scheduler:
             plan[seq] = scheduled
             budget -= num_new
         self._admit(plan, budget, ahead=True)
-        return _launched(plan, [])
+        return ScheduledBatch.launched(plan.values(), ())
 
     def _in_turn(self) -> tuple[list[Sequence], int]:
         """The running, those with one token first, and how many these are."""
@@ -284,7 +284,8 @@ class Scheduler:
                 room -= len(draft)
 
     def _chunk(self, seq: Sequence, start: int, budget: int) -> int:
-        return min(len(seq.token_ids) + seq.num_sampling - start, budget, self._config.long_prefill_threshold)
+        num_left = len(seq.token_ids) + seq.num_sampling - start
+        return 1 if num_left == 1 else min(num_left, budget, self._config.long_prefill_threshold)
 
     def _preempt_one(self) -> Sequence | None:
         """Send one of the running back to the queue; None if only one runs. Nothing is in flight."""
@@ -330,7 +331,7 @@ class Scheduler:
                 row += 1 + len(draft)
             if seq.status is finished:
                 continue
-            _landed(scheduled)
+            scheduled.land()
             tokens = sampled[first_row:row]
             if tokens and tokens[0].error is not None:
                 outputs.append(self._spoil(seq, tokens[0].error))
@@ -356,7 +357,7 @@ class Scheduler:
         """In place of `update`: as if the batch had not been planned. What lives is computed again."""
         for scheduled in batch.sequences:
             if scheduled.seq.status is not SequenceStatus.FINISHED:
-                _landed(scheduled)
+                scheduled.land()
 
     def fail(self, sequences: Iterable[ScheduledSequence], error: str) -> list[SequenceOutput]:
         """End those of the planned step that could not be computed. `update` follows with the others."""
@@ -387,21 +388,3 @@ class Scheduler:
         seq.status = SequenceStatus.FINISHED
         self._speculator.forget(seq)
         self._kv.free(seq)
-
-
-def _landed(scheduled: ScheduledSequence) -> None:
-    """Its step is not in flight any more."""
-    scheduled.seq.num_computing -= scheduled.num_new
-    scheduled.seq.num_sampling -= scheduled.samples
-
-
-def _launched(plan: _Plan, preempted: list[Sequence]) -> ScheduledBatch:
-    """The planned step, in flight from now on."""
-    row = 0
-    for seq, scheduled in plan.items():
-        seq.num_computing += scheduled.num_new
-        if scheduled.samples:
-            seq.num_sampling += 1
-            seq.sampled_row = row
-            row += 1 + len(scheduled.draft)
-    return ScheduledBatch(tuple(plan.values()), tuple(preempted))

@@ -6,6 +6,7 @@ are then known there alone, and a batch says which row of the other step's sampl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,17 +40,21 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
         """Generated tokens in front of the first one that is sampled here: the random number's index."""
         return self.seq.num_generated + (self.previous_row >= 0)
 
+    def land(self) -> None:
+        """Its step is not in flight any more."""
+        self.seq.num_computing -= self.num_new
+        self.seq.num_sampling -= self.samples
+
     @classmethod
     def of(cls, seq: Sequence, start: int, num_new: int) -> ScheduledSequence:
         """num_new positions behind those that are computed and in flight, or found in the prefix cache."""
         num_sampling = seq.num_sampling
         num_expected = len(seq.token_ids) + num_sampling
-        num_generated = num_expected - seq.num_prompt_tokens
         samples = start + num_new == num_expected
         if samples:
-            is_plain = num_generated >= seq.plain_from
+            is_plain = num_expected >= seq.plain_from
         else:
-            is_plain = num_generated > 0 or seq.params.prompt_logprobs is None
+            is_plain = num_expected > seq.num_prompt_tokens or seq.params.prompt_logprobs is None
         return cls(seq, start, num_new, samples, (), seq.sampled_row if num_sampling else -1, is_plain)
 
 
@@ -59,6 +64,19 @@ class ScheduledBatch:
 
     sequences: tuple[ScheduledSequence, ...]
     preempted: tuple[Sequence, ...]
+
+    @classmethod
+    def launched(cls, sequences: Iterable[ScheduledSequence], preempted: Iterable[Sequence]) -> ScheduledBatch:
+        """A planned step, in flight from now on."""
+        launched, row = tuple(sequences), 0
+        for scheduled in launched:
+            seq = scheduled.seq
+            seq.num_computing += scheduled.num_new
+            if scheduled.samples:
+                seq.num_sampling += 1
+                seq.sampled_row = row
+                row += 1 + len(scheduled.draft)
+        return cls(launched, tuple(preempted))
 
     @cached_property
     def num_tokens(self) -> int:

@@ -66,7 +66,7 @@ class Sequence:
     compiled_grammar: Matcher | None = None
     """That of `params.grammar`, at the beginning of the text; set before the sequence is scheduled."""
     plain_from: int = 0
-    """Generated tokens from which on the next one follows from its logits, `temperature`, `top_k`, `top_p` and
+    """Tokens from which on the next one follows from its logits, `temperature`, `top_k`, `top_p` and
     `min_p` alone, and nothing is reported beside it; `sys.maxsize`: never."""
     sampling_record: bytes = field(init=False)
     """See `server.engine.sampling.arrays.sampling_record`."""
@@ -84,7 +84,7 @@ class Sequence:
             request=request,
             token_ids=list(request.prompt_token_ids),
             num_prompt_tokens=len(request.prompt_token_ids),
-            plain_from=_plain_from(request.params),
+            plain_from=len(request.prompt_token_ids) + _num_before_plain(request.params),
         )
 
     @property
@@ -110,8 +110,8 @@ class Sequence:
         return replace(self, token_ids=[*self.token_ids, *token_ids])
 
 
-def _plain_from(params: SamplingParams) -> int:
-    """See `Sequence.plain_from`."""
+def _num_before_plain(params: SamplingParams) -> int:
+    """Generated tokens before `Sequence.plain_from`."""
     has_penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
     if params.is_constrained or has_penalties or params.logit_bias or params.logprobs is not None:
         return sys.maxsize
