@@ -22,7 +22,7 @@ from server.engine.faults import PendingStep
 from server.engine.inputs import ModelInputs, PromptRows, build_inputs, missing_prompt_rows, null_inputs
 from server.engine.kv_cache.tensors import KVTensors
 from server.engine.models.gemma import GemmaModel
-from server.engine.sampling.arrays import sampled_token, sampling_arrays
+from server.engine.sampling.arrays import sampled_tokens, sampling_arrays
 from server.engine.sampling.constraints import TokenConstraints
 from server.engine.sampling.types import SampledToken
 from server.engine.sequence import Sequence as EngineSequence
@@ -48,7 +48,7 @@ class _StepOnDevice:
     tokens: PendingTokens
 
     def wait(self) -> list[SampledToken]:
-        return list(map(sampled_token, self.tokens.wait()))
+        return sampled_tokens(self.tokens.wait())
 
 
 class ModelRunner:

@@ -33,13 +33,14 @@ def append_sampled(
 
 def output_of(seq: Sequence, tokens: list[SampledToken], reason: FinishReason | None) -> SequenceOutput:
     """tokens: the newest, one at least. Takes the prompt's logprobs from the sequence."""
-    last, prompt_logprobs = tokens[-1], None
-    if seq.prompt_logprobs:
-        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, []
-    is_first = seq.num_generated == len(tokens)
+    token_ids, last = seq.token_ids[-len(tokens) :], tokens[-1]
+    is_first = len(seq.token_ids) - seq.num_prompt_tokens == len(tokens)
+    if not is_first and reason is None and last.logprob is None:
+        return SequenceOutput(request_id=seq.request_id, token_ids=token_ids)
+    prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs or None, []
     return SequenceOutput(
         request_id=seq.request_id,
-        token_ids=seq.token_ids[-len(tokens) :],
+        token_ids=token_ids,
         logprobs=None if last.logprob is None else [token.logprob for token in tokens if token.logprob],
         prompt_logprobs=prompt_logprobs,
         finish_reason=reason,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,11 +8,11 @@ from server.engine.sampling.arrays import (
     NOT_FINITE_ID,
     NOTHING_LEFT_ID,
     SAMPLING_ARRAYS,
-    sampled_token,
+    sampled_tokens,
     sampling_arrays,
 )
 from server.engine.sampling.rng import stream_of, uniform, uniforms
-from server.engine.sampling.types import NOT_FINITE, NOTHING_LEFT
+from server.engine.sampling.types import NOT_FINITE, NOTHING_LEFT, SampledToken
 from server.engine.sequence import Sequence
 from tests.unit.sampling_oracle import sequence
 
@@ -70,8 +69,9 @@ def test_a_batch_in_which_none_samples_has_empty_arrays():
 
 
 def test_ids_say_why_there_is_no_token():
-    assert sampled_token(7).token_id == 7
-    assert sampled_token(7).error is None
-    assert sampled_token(NOT_FINITE_ID).error == NOT_FINITE
-    assert sampled_token(NOTHING_LEFT_ID).error == NOTHING_LEFT
-    assert np.all([sampled_token(id).token_id == -1 for id in (NOT_FINITE_ID, NOTHING_LEFT_ID)])
+    assert sampled_tokens([7, NOT_FINITE_ID, 0, NOTHING_LEFT_ID]) == [
+        SampledToken(7),
+        SampledToken(-1, error=NOT_FINITE),
+        SampledToken(0),
+        SampledToken(-1, error=NOTHING_LEFT),
+    ]

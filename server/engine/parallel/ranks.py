@@ -25,7 +25,7 @@ from server.engine.inputs import AttentionMetadata, ModelInputs
 from server.engine.models.config import GemmaConfig
 from server.engine.models.gemma import GemmaModel
 
-_START_SECONDS = 600.0
+START_SECONDS = 600.0
 """For all ranks to have come: the first may have to wait for another host to be given its pod."""
 _IDLE = datetime.timedelta(days=3650)
 """Without requests nothing is announced, for any time."""
@@ -34,15 +34,21 @@ _IDLE = datetime.timedelta(days=3650)
 def open_store(host: str, port: int, num_ranks: int, *, is_leader: bool) -> TCPStore:
     """Where the ranks find each other. port: 0 for any that is free. Raises RuntimeError."""
     return TCPStore(
-        host, port, num_ranks, is_leader, datetime.timedelta(seconds=_START_SECONDS), wait_for_workers=False
+        host, port, num_ranks, is_leader, datetime.timedelta(seconds=START_SECONDS), wait_for_workers=False
     )
+
+
+def presence_key(rank: int) -> str:
+    """In the store, once the rank is there."""
+    return f"here/{rank}"
 
 
 class Ranks:
     """This process's connection to the others."""
 
     def __init__(self, rank: int, num_ranks: int, store: TCPStore, device: str) -> None:
-        """Waits for all ranks. Raises RuntimeError."""
+        """Waits for all ranks, for as long as it takes. Raises RuntimeError."""
+        store.set(presence_key(rank), "here")
         self.rank = rank
         self.num_ranks = num_ranks
         backend = "nccl" if device == "cuda" else "gloo"

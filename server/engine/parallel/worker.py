@@ -41,7 +41,7 @@ def start_workers(
         environment = os.environ | _device_of(rank - place.local_ranks.start)
         if place.num_hosts == 1:
             # Gloo would ask the host's name for an address, which may lead nowhere.
-            environment["GLOO_SOCKET_IFNAME"] = "lo"
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         process = subprocess.Popen(
             [sys.executable, "-m", "server.engine.parallel.worker"], stdin=subprocess.PIPE, env=environment
         )

@@ -7,7 +7,7 @@ its random number, which depends on how many tokens came before and not on which
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,8 +66,10 @@ def sampling_arrays(sequences: Sequence[ScheduledSequence]) -> dict[str, npt.NDA
     return {**arrays, "uniform": uniforms(records["stream"], num_tokens - records["num_prompt_tokens"])}
 
 
-def sampled_token(token_id: int) -> SampledToken:
-    """What an id that a sampler on a device chose stands for."""
-    if token_id >= 0:
-        return SampledToken(token_id)
+def sampled_tokens(token_ids: Iterable[int]) -> list[SampledToken]:
+    """What ids that a sampler on a device chose stand for."""
+    return [SampledToken(id_) if id_ >= 0 else _no_token(id_) for id_ in token_ids]
+
+
+def _no_token(token_id: int) -> SampledToken:
     return SampledToken(-1, error=NOTHING_LEFT if token_id == NOTHING_LEFT_ID else NOT_FINITE)

@@ -41,7 +41,7 @@ class DeviceSampler:
 
         arrays: those of `SAMPLING_ARRAYS`, [S], on the device.
 
-        Returns int32 [S]: ids, or what `sampled_token` knows where there is none.
+        Returns int32 [S]: ids, or what `sampled_tokens` knows where there is none.
         """
         if len(self._suppressed) > 0:
             logits.index_fill_(1, self._suppressed, -torch.inf)
