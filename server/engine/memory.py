@@ -90,11 +90,8 @@ def weight_bytes(config: GemmaConfig, itemsize: int, quantization: str) -> int:
     shapes = [*expected_weights(config).values()]
     if quantization == "none":
         return itemsize * sum(map(prod, shapes))
-    if quantization == "fp8":
-        embedding = shapes.pop(0)
-        others = sum(prod(shape) + 4 * shape[0] if len(shape) == 2 else 4 * shape[0] for shape in shapes)
-        return itemsize * prod(embedding) + others
-    return sum(prod(shape) + 4 * shape[0] if len(shape) == 2 else 4 * shape[0] for shape in shapes)
+    embedding = itemsize * prod(shapes.pop(0)) if quantization == "fp8" else 0
+    return embedding + sum(prod(shape) + 4 * shape[0] if len(shape) == 2 else 4 * shape[0] for shape in shapes)
 
 
 def activation_bytes(config: GemmaConfig, itemsize: int, limits: PoolLimits) -> int:

@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from server.engine.backend.fp8 import CODES, Fp8Matrix
+from server.engine.backend.triton.e4m3 import scale_of
+from server.engine.backend.triton.parts import num_parts
 
-_E4M3_MAX = tl.constexpr(448.0)
 _FEW_ROWS = 32
 _COLUMNS_ADDED = 512
 
@@ -31,8 +32,7 @@ def quantize_rows(x, codes, scales, width, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = column < width
     value = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(value), axis=0)
-    scale = tl.where(largest > 0.0, largest / _E4M3_MAX, 1.0)
+    scale = scale_of(tl.max(tl.abs(value), axis=0))
     tl.store(scales + row, scale)
     tl.store(codes + start + column, (value / scale).to(codes.dtype.element_ty), mask=inside)
 
@@ -183,7 +183,5 @@ class Fp8Linear:
             block_n = 128 if out_width % 128 == 0 else 64
             num_warps, num_stages = (4 if block_m == 64 else 8), 3
         num_programs = (out_width // block_n) * triton.cdiv(num_rows, block_m)
-        wanted = 2 * self._num_multiprocessors // num_programs
-        most = width // (4 * block_k)
-        parts = 1 << max(0, min(wanted, most).bit_length() - 1)
+        parts = num_parts(num_programs, self._num_multiprocessors, most=width // (4 * block_k))
         return Launch(few_rows, block_m, block_n, block_k, parts, num_warps, num_stages)
