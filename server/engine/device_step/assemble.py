@@ -31,8 +31,10 @@ class StepMaker:
         *,
         records: bool = True,
     ) -> None:
-        """To be made before the weights are loaded, for the measure of what they take. records: whether steps
-        are recorded."""
+        """To be made before the weights are loaded, for the measure of what they take.
+
+        records: whether steps are recorded.
+        """
         self._backend = backend
         self._suppress_token_ids = suppress_token_ids
         self._limits = limits
@@ -43,7 +45,9 @@ class StepMaker:
         return self._make(self._backend.queue(), model, kv)
 
     def measure(self, model: GemmaModel) -> MemoryUse:
-        """Runs and records the largest steps to see what they take. Raises OutOfMemoryError.
+        """Runs the largest steps, and records them if steps are, to see what they take.
+
+        Raises OutOfMemoryError.
 
         The recordings share memory, in which the largest one's tensors leave room for all others'. So the
         largest is counted in full, and each other one as much as the second largest adds to it.
@@ -82,22 +86,28 @@ class StepMaker:
         step = self._make(queue, model, kv)
         step.run_largest()
         after_largest = queue.memory()
-        free = [after_largest.free]
-        chunks, decodes = step.shapes.chunks(), step.shapes.decodes()
-        for shape in [*chunks, *decodes][:2] if self._records else []:
-            step.record(shape)
-            free.append(queue.memory().free)
-        taken = [max(0, earlier - later) for earlier, later in pairwise(free)]
-        num_others = len(chunks) + 2 * len(decodes) - 1  # decodes are recorded with and without sampling
+        recordings = _measure_recordings(step, queue, after_largest.free) if self._records else 0
         del step
         end = queue.memory()
         start = self._at_start
         return MemoryUse(
             weights=before.allocated - start.allocated,
             step=after_largest.peak - before.allocated,
-            recordings=sum(taken[:1]) + sum(taken[1:]) * num_others,
+            recordings=recordings,
             other=max(0, start.free - end.free - (end.allocated - start.allocated)),
         )
+
+
+def _measure_recordings(step: DeviceStep, queue: DeviceQueue, free_bytes: int) -> int:
+    """Records the largest steps. Returns the bytes that all recordings take of those that are free before."""
+    free = [free_bytes]
+    chunks, decodes = step.shapes.chunks(), step.shapes.decodes()
+    for shape in [*chunks, *decodes][:2]:
+        step.record(shape)
+        free.append(queue.memory().free)
+    taken = [max(0, earlier - later) for earlier, later in pairwise(free)]
+    num_others = len(chunks) + 2 * len(decodes) - 1  # decodes are recorded with and without sampling
+    return taken[0] + sum(taken[1:]) * num_others
 
 
 @dataclass(frozen=True, slots=True)

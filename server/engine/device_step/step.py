@@ -86,11 +86,11 @@ class DeviceStep:
         records: bool = True,
     ) -> None:
         """records: whether steps are padded and recorded; else all of them run as they are."""
-        self._records = records
         self._queue = queue
         self._model = model
         self._limits = limits
         self._num_groups = num_groups
+        self._records = records
         self.shapes = RecordedShapes(limits.max_num_seqs, limits.max_num_batched_tokens)
         self._recorded: dict[tuple[StepShape, bool], _Recorded] = {}
         """By shape and by whether they sample, those that were asked for."""
