@@ -48,29 +48,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(arguments: Sequence[str]) -> int:
     # Not imported above: `--help` and `version` answer at once.
-    from server.api_keys import KeyRing, check_exposure
     from server.engine.parallel.places import HostPlace, PlaceError
-    from server.moderation import load_policies
 
     try:
         config = load_config(arguments)
         place = HostPlace.of(config.tensor_parallel_size)
+    except (OptionError, PlaceError) as error:
+        return _refuse(error)
+    if place.index == 0:
+        return _serve_clients(config)
+    _begin(config, "rank")
+    from server.rank_host import serve_ranks
+
+    return serve_ranks(config, place)
+
+
+def _serve_clients(config: ServerConfig) -> int:
+    from server.api_keys import KeyRing, check_exposure
+    from server.moderation import load_policies
+
+    try:
         keys = KeyRing(config)
         check_exposure(config, keys)
         policies = load_policies(config.moderation_policies)
         tracer = None if config.otlp_traces_endpoint is None else _open_tracer(config.otlp_traces_endpoint)
         store = None if config.data_dir is None else _open_store(config)
-    except (OptionError, PlaceError) as error:
-        print(f"gemma-server: {error}", file=sys.stderr)
-        return os.EX_CONFIG  # starting again with the same options would fail again
-    _on_signals(lambda number: sys.exit(0))  # an end that was asked for is no failure
-    logs.configure(config.log_level, config.log_format, "front" if place.index == 0 else "rank")
-    for warning in unknown_variables(os.environ):
-        logging.getLogger("server").warning(warning)
-    if place.index > 0:
-        from server.rank_host import serve_ranks
-
-        return serve_ranks(config, place)
+    except OptionError as error:
+        return _refuse(error)
+    _begin(config, "front")
     logs.ignore_stack_signal()
 
     # What takes long is imported where it is known to be wanted, so that `--help` and mistakes answer at once.
@@ -101,6 +106,19 @@ def serve(arguments: Sequence[str]) -> int:
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=keys.reload, name="keys").start())
     server.run()
     return runtime.exit_code
+
+
+def _refuse(error: ValueError) -> int:
+    print(f"gemma-server: {error}", file=sys.stderr)
+    return os.EX_CONFIG  # starting again with the same options would fail again
+
+
+def _begin(config: ServerConfig, process: logs.Process) -> None:
+    """Once the configuration is known to be right: signals, the log, and its first lines."""
+    _on_signals(lambda number: sys.exit(0))  # an end that was asked for is no failure
+    logs.configure(config.log_level, config.log_format, process)
+    for warning in unknown_variables(os.environ):
+        logging.getLogger("server").warning(warning)
 
 
 def _on_signals(end: Callable[[int], None]) -> None:

@@ -1,7 +1,8 @@
 """A host that only lends its devices: `gemma-server serve` in a LeaderWorkerSet's group, but on its first host.
 
-It has no port. Its ranks load their parts of the model, and compute for the engine on the first host until that
-ends or is replaced; then this process ends, too, and whoever started it starts it anew.
+It has no port, and opens nothing that is for clients: no keys, no data directory, no traces. Its ranks load
+their parts of the model, and compute for the engine on the first host until that ends or is replaced; then this
+process ends, too, and whoever started it starts it anew.
 """
 
 from __future__ import annotations

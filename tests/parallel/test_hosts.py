@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from server.batches.store import Store
 from tests.e2e.server_process import ServerProcess, running_server
 
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--num-threads", "1")
@@ -41,3 +42,19 @@ def test_two_hosts_answer_as_one_does_and_end_together(
         assert "running on http" not in second.log
     finally:
         second.close()
+
+
+async def test_a_host_that_only_lends_its_devices_opens_no_data_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, no_model = tmp_path / "data", tmp_path / "none"
+    monkeypatch.setenv("LWS_GROUP_SIZE", "2")
+    monkeypatch.setenv("LWS_LEADER_ADDRESS", "127.0.0.1")
+    monkeypatch.setenv("LWS_WORKER_INDEX", "1")
+    store = Store(data, max_bytes=1 << 20, max_files=10)  # as the first host has it open
+    second = ServerProcess(no_model, *OPTIONS, "--tensor-parallel-size", "2", "--data-dir", str(data))
+    try:
+        second.assert_refuses(str(no_model))
+    finally:
+        second.close()
+        await store.close()
