@@ -18,24 +18,23 @@ from benchmarks.serve import RESULTS
 from benchmarks.stats import Report, Summary
 
 _COLUMNS = (
-    ("load", 8),
-    ("requests", 8),
-    ("errors", 6),
-    ("tok/s", 8),
-    ("req/s", 7),
-    ("TTFT p50", 9),
-    ("p90", 8),
-    ("p99", 8),
-    ("ITL p50", 8),
-    ("p90", 7),
-    ("p99", 7),
-    ("tok/s each", 10),
+    *("load", "requests", "errors", "tok/s", "req/s"),
+    *("TTFT p50", "p90", "p99", "ITL p50", "p90", "p99", "tok/s each"),
 )
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of as many cells each, in columns that end under each other."""
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def format_table(reports: Sequence[Report]) -> str:
     """One line for each report. Times in milliseconds; "tok/s each" is the median speed of one request."""
-    lines = [" ".join(name.rjust(width) for name, width in _COLUMNS)]
+    lines: list[Sequence[str]] = [_COLUMNS]
     for report in reports:
         settings = report.settings
         load = f"c={settings['concurrency']}" if settings.get("concurrency") else f"{settings['rate']:g}/s"
@@ -49,8 +48,8 @@ def format_table(reports: Sequence[Report]) -> str:
             *_cells(report.inter_token_ms),
             _cell(report.request_output_speed.p50),
         ]
-        lines.append(" ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True)))
-    return "\n".join(lines)
+        lines.append(cells)
+    return aligned(lines)
 
 
 def _cells(summary: Summary) -> tuple[str, str, str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,17 +18,27 @@ RESULTS = Path(__file__).parent / "results"
 
 @asynccontextmanager
 async def serving(options: Sequence[str], start_timeout: float = 600.0) -> AsyncIterator[str]:
-    """The url of a server with these options, once it is ready; it ends on leaving.
+    """The url of this server with these options, as `running` yields it. Raises RuntimeError."""
+    async with running(["server", "serve", *options], start_timeout) as (_, url):
+        yield url
 
+
+@asynccontextmanager
+async def running(
+    module: Sequence[str], start_timeout: float, variables: Mapping[str, str] | None = None
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """The process and the url of a server, once it is ready; it ends on leaving.
+
+    module: what `python -m` runs, with its options. variables: of its environment, beside this process's.
     Raises RuntimeError if it ends before it is ready, or is not ready after `start_timeout` seconds.
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--disable-access-log", *options]
-    process = await asyncio.create_subprocess_exec(*command)
+    command = [sys.executable, "-m", *module, "--port", str(port), "--disable-access-log"]
+    process = await asyncio.create_subprocess_exec(*command, env=os.environ | (variables or {}))
     try:
         await _until_ready(url, process, start_timeout)
-        yield url
+        yield process, url
     finally:
         if process.returncode is None:
             process.terminate()

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import time
+from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
@@ -21,7 +22,8 @@ _TEXT = re.compile(rb'"text":"([^"]*)"')
 
 
 class Job(msgspec.Struct, frozen=True):
-    port: int
+    url: str
+    """http://HOST:PORT"""
     model: str
     streams: int
     seconds: float
@@ -67,10 +69,11 @@ async def read(job: Job) -> dict[str, float]:
     numbers = {word.encode(): number for number, word in enumerate(job.words)}
     arrivals: list[tuple[int, float]] = []
     loop = asyncio.get_running_loop()
+    host, port = urlsplit(job.url).netloc.split(":")
     streams = []
     for _ in range(job.streams):
         stream = Stream(request, numbers, arrivals)
-        await loop.create_connection(lambda stream=stream: stream, "127.0.0.1", job.port)  # type: ignore[misc]
+        await loop.create_connection(lambda stream=stream: stream, host, int(port))  # type: ignore[misc]
         streams.append(stream)
     await asyncio.wait_for(asyncio.gather(*(stream.has_begun.wait() for stream in streams)), 120)
     print("open", flush=True)

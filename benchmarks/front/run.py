@@ -9,17 +9,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 import numpy as np
 import psutil
@@ -27,14 +24,17 @@ import psutil
 from benchmarks.front.engine import MAX_STEPS, VARIABLE, Plan, steps_in
 from benchmarks.front.reader import Job
 from benchmarks.front.words import Words, delays_of
+from benchmarks.load import first_model
 from benchmarks.machine import describe_machine
-from benchmarks.serve import RESULTS, free_port
+from benchmarks.output import aligned
+from benchmarks.serve import RESULTS, running
 from server import embedded_model
 from server.cache_directory import cache_directory
 from server.gguf_tokenizer import tokenizer_for_gguf
 from server.tokenizer import Tokenizer
 
 _COLUMNS = ("streams", "tok/s each", "tok/s", "events/s", "p50 ms", "p99 ms", "max ms", "CPU", "KiB a stream")
+START_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,13 @@ async def measure(
         max_num_seqs=scenario.streams,
     )
     np.memmap(plan.times_file, dtype=np.float64, mode="w+", shape=(MAX_STEPS,)).flush()
-    async with _server(plan, options) as (process, port, model):
+    server = ["benchmarks.front.serve", "--log-level", "warning", "--max-queued-requests", "100000", *options]
+    variables = {VARIABLE: msgspec.json.encode(plan).decode()}
+    async with running(server, START_SECONDS, variables) as (started, url):
+        process = psutil.Process(started.pid)
+        model = await first_model(url)
         before = _resident(process)
-        job = Job(port, model, scenario.streams, seconds, list(words.words), str(folder / "arrivals.npy"))
+        job = Job(url, model, scenario.streams, seconds, list(words.words), str(folder / "arrivals.npy"))
         reader = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "benchmarks.front.reader"),
             stdin=asyncio.subprocess.PIPE,
@@ -97,35 +101,6 @@ async def measure(
     }
 
 
-@asynccontextmanager
-async def _server(plan: Plan, options: Sequence[str]) -> AsyncIterator[tuple[psutil.Process, int, str]]:
-    port = free_port()
-    command = [sys.executable, "-m", "benchmarks.front.serve", "--port", str(port), "--disable-access-log"]
-    command += ["--log-level", "warning", "--max-queued-requests", "100000", *options]
-    environment = os.environ | {VARIABLE: msgspec.json.encode(plan).decode()}
-    process = await asyncio.create_subprocess_exec(*command, env=environment)
-    try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
-            deadline = time.monotonic() + 60
-            while not await _is_ready(client):
-                if process.returncode is not None or time.monotonic() > deadline:
-                    raise RuntimeError("the server did not become ready")
-                await asyncio.sleep(0.1)
-            model = (await client.get("/v1/models")).json()["data"][0]["id"]
-        yield psutil.Process(process.pid), port, model
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-
-
-async def _is_ready(client: httpx.AsyncClient) -> bool:
-    try:
-        return (await client.get("/readyz")).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 def _fronts(process: psutil.Process) -> list[psutil.Process]:
     """All of the server's processes but the stand-in."""
     children = process.children(recursive=True)
@@ -141,7 +116,7 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [list(_COLUMNS)]
+    lines: list[Sequence[str]] = [_COLUMNS]
     for row in rows:
         delay = row["delay_ms"]
         lines.append(
@@ -155,10 +130,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['bytes_per_stream'] / 1024:.0f}",
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-    )
+    return aligned(lines)
 
 
 async def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from benchmarks.gpu.floors import (
     prefill_target,
 )
 from benchmarks.gpu.models import SHAPES
+from benchmarks.output import aligned
 
 Row = dict[str, Any]
 
@@ -88,7 +89,7 @@ def _steps_tables(steps: Row, card: Row) -> list[str]:
             prefill.append(
                 [f"{row['tokens']:,}", f"{row['seconds'] * 1e3:.2f}", f"{speed:,.0f}", f"{share:.0%}", *judged]
             )
-    return [title + "\n" + _aligned(decode), _aligned(prefill)]
+    return [title + "\n" + aligned(decode), aligned(prefill)]
 
 
 def _judged(value: float, target: Target | None) -> list[str]:
@@ -108,12 +109,4 @@ def _server_table(rows: list[Row]) -> str:
                 *("-" if figure is None else f"{figure:,.1f}" for figure in figures),
             ]
         )
-    return _aligned(lines)
-
-
-def _aligned(lines: list[list[str]]) -> str:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return aligned(lines)
