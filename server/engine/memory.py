@@ -85,16 +85,17 @@ class PoolLimits:
 
 
 def weight_bytes(config: GemmaConfig, itemsize: int, quantization: str) -> int:
-    """Of the loaded weights. quantization: none, int8 or fp8; in 8 bits, each row of a matrix has a scale in
-    fp32. With fp8 the embedding is as without."""
+    """Of the loaded weights. quantization: none, int8, fp8 or int4; in 8 bits, each row of a matrix has a
+    scale in fp32, in 4 bits, 128 weights have 3 bytes beside. But for int8, the embedding is as without."""
     shapes = [*expected_weights(config).values()]
     if quantization == "none":
         return itemsize * sum(map(prod, shapes))
-    if quantization == "fp8":
-        embedding = shapes.pop(0)
-        others = sum(prod(shape) + 4 * shape[0] if len(shape) == 2 else 4 * shape[0] for shape in shapes)
-        return itemsize * prod(embedding) + others
-    return sum(prod(shape) + 4 * shape[0] if len(shape) == 2 else 4 * shape[0] for shape in shapes)
+    embedding = 0 if quantization == "int8" else itemsize * prod(shapes.pop(0))
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    norms = sum(4 * shape[0] for shape in shapes if len(shape) == 1)
+    if quantization == "int4":
+        return embedding + norms + sum(prod(shape) // 2 + 3 * prod(shape) // 128 for shape in matrices)
+    return embedding + norms + sum(prod(shape) + 4 * shape[0] for shape in matrices)
 
 
 def activation_bytes(config: GemmaConfig, itemsize: int, limits: PoolLimits) -> int:

@@ -9,18 +9,16 @@ Laws:
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from server.engine.backend.fp8 import CODES, Fp8Matrix
+from server.engine.backend.triton.parts import Launch, add_up, num_parts
 
 _E4M3_MAX = tl.constexpr(448.0)
 _FEW_ROWS = 32
-_COLUMNS_ADDED = 512
 
 
 @triton.jit
@@ -93,32 +91,6 @@ def multiply_codes(
         tl.store(out + place, (product * x_scale * weight_scale).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_parts"])
-def add_parts(parts, x_scales, weight_scales, out, num_rows, out_width, num_parts, BLOCK: tl.constexpr):
-    """Adds up what `multiply_codes` left, and scales it. Grid: (num_rows, blocks of columns)."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < out_width
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in range(num_parts):
-        place = (part * num_rows + row) * out_width + column
-        total += tl.load(parts + place, mask=inside, other=0.0)
-    scale = tl.load(x_scales + row) * tl.load(weight_scales + column, mask=inside, other=0.0)
-    tl.store(out + row * out_width + column, (total * scale).to(out.dtype.element_ty), mask=inside)
-
-
-class Launch(NamedTuple):
-    """How `multiply_codes` is cut up."""
-
-    few_rows: bool
-    block_m: int
-    block_n: int
-    block_k: int
-    parts: int
-    num_warps: int
-    num_stages: int
-
-
 class Fp8Linear:
     """Launches the kernels for one device."""
 
@@ -159,17 +131,7 @@ class Fp8Linear:
             num_stages=launch.num_stages,
         )
         if is_split:
-            add_parts[(num_rows, triton.cdiv(out_width, _COLUMNS_ADDED))](
-                target,
-                scales,
-                weight.scales,
-                out,
-                num_rows,
-                out_width,
-                launch.parts,
-                BLOCK=_COLUMNS_ADDED,
-                num_warps=4,
-            )
+            add_up(target, out, scales, weight.scales)
         return out
 
     def plan(self, num_rows: int, out_width: int, width: int) -> Launch:
@@ -183,7 +145,5 @@ class Fp8Linear:
             block_n = 128 if out_width % 128 == 0 else 64
             num_warps, num_stages = (4 if block_m == 64 else 8), 3
         num_programs = (out_width // block_n) * triton.cdiv(num_rows, block_m)
-        wanted = 2 * self._num_multiprocessors // num_programs
-        most = width // (4 * block_k)
-        parts = 1 << max(0, min(wanted, most).bit_length() - 1)
+        parts = num_parts(num_programs, self._num_multiprocessors, most=width // (4 * block_k))
         return Launch(few_rows, block_m, block_n, block_k, parts, num_warps, num_stages)

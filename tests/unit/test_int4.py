@@ -1,0 +1,107 @@
+"""Matrices in 4 bits: what rounding them means, on the reference back end."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from server.engine.backend import int4
+from server.engine.backend.choose import BackendError, choose_backend
+from server.engine.backend.int4 import Int4Matrix
+from server.engine.backend.reference import ReferenceBackend
+from server.engine.dtype import DType
+from server.engine.memory import weight_bytes
+from server.engine.models.config import expected_weights
+from server.engine.models.config_reader import read_hf
+from tests.parity.harness import CONFIGS
+
+CPU = torch.device("cpu")
+WIDE = CONFIGS["gemma1"] | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_multiples_of_a_scale_are_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-5, 11, (8, 2, 128), generator=generator).float()
+    codes[:, :, :2] = torch.tensor([-5.0, 10.0])  # the whole range occurs
+    scales = 2.0 ** torch.randint(-9, 3, (8, 2, 1), generator=generator)
+    weight = (codes * scales).view(8, 256)
+    assert torch.equal(int4.quantize(weight).dequantize(), weight)
+
+
+def test_an_error_is_at_most_that_of_the_whole_range() -> None:
+    weight = normal(16, 512)
+    restored = int4.quantize(weight).dequantize()
+    groups = weight.view(16, 4, 128)
+    step = (groups.amax(2) - groups.amin(2)) / 15
+    # Numbers rounded to multiples of a step have a mean squared error of step^2 / 12; the zero is rounded, too.
+    errors = (restored - weight).view(16, 4, 128).square().mean(2)
+    assert (errors < 1.25 * step.square() / 12).all()
+    assert (restored - weight).norm() < 0.1 * weight.norm()
+
+
+def test_a_matrix_is_rounded_in_blocks_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = normal(7, 256)
+    whole = int4.quantize(weight)
+    monkeypatch.setattr(int4, "_QUANTIZED_AT_ONCE", 512)
+    blocks = int4.quantize(weight)
+    assert torch.equal(whole.codes, blocks.codes)
+    assert torch.equal(whole.scales, blocks.scales)
+    assert torch.equal(whole.zeros, blocks.zeros)
+
+
+def test_groups_of_zeros_and_of_one_sign_only() -> None:
+    weight = torch.zeros(64, 384)
+    weight[:, 128:256] = 3.0
+    weight[:, 256:] = -0.5
+    assert torch.equal(int4.quantize(weight).dequantize(), weight)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_seen(wrong: float) -> None:
+    weight = torch.ones(64, 128)
+    weight[5, 3] = wrong
+    result = int4.multiply(torch.ones(2, 128), int4.quantize(weight))
+    assert result[:, 5].isnan().all()
+    assert result[:, :5].isfinite().all()
+
+
+def test_a_product_is_that_of_the_rounded_numbers() -> None:
+    x, weight = normal(3, 256), normal(64, 256)
+    matrix = int4.quantize(weight)
+    exact = x.double() @ matrix.dequantize().double().T
+    torch.testing.assert_close(int4.multiply(x, matrix), exact.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_matrices_are_in_4_bits_and_the_embedding_is_not() -> None:
+    backend = ReferenceBackend(CPU, DType.BFLOAT16, "int4")
+    assert isinstance(backend.prepare_linear(torch.ones(64, 128)), Int4Matrix)
+    assert isinstance(backend.prepare_linear(torch.ones(64, 192)), torch.Tensor), "which no kernel multiplies"
+    assert isinstance(backend.prepare_embedding(torch.ones(64, 128)), torch.Tensor)
+
+
+def test_the_account_of_weights_is_true() -> None:
+    config = read_hf(WIDE)
+    backend = ReferenceBackend(CPU, DType.BFLOAT16, "int4")
+    size = 0
+    for name, shape in expected_weights(config).items():
+        tensor = torch.ones(shape)
+        if name.endswith("norm.weight"):
+            size += 4 * shape[0]
+        elif name == "embed_tokens.weight":
+            size += backend.prepare_embedding(tensor).nbytes
+        else:
+            matrix = backend.prepare_linear(tensor)
+            assert isinstance(matrix, Int4Matrix)
+            size += matrix.codes.nbytes + matrix.scales.nbytes + matrix.zeros.nbytes
+    assert weight_bytes(config, 2, "int4") == size
+
+
+def test_the_native_kernels_do_not_have_it() -> None:
+    with pytest.raises(BackendError, match="--quantization int4: the native CPU kernels do not have it"):
+        choose_backend("auto", "auto", "cpu", DType.BFLOAT16, 1, "int4")
