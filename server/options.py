@@ -89,7 +89,7 @@ class ServerConfig(BaseModel):
         description="int8 rounds the weights to 8 bits when they are loaded, with a scale for each row: half "
         "the memory and, with the native back end on a CPU, up to twice the speed, for answers that differ "
         "slightly. fp8 does the same on a GPU, with e4m3 numbers and the activations rounded, too. int4, "
-        "on a GPU, rounds to 4 bits, with a scale and a zero for 128 weights: a quarter of the memory, for "
+        "on a GPU, rounds to 4 bits, with a scale and a zero for 32 weights: a third of the memory, for "
         "answers that differ more. Both leave the embedding as it is.",
     )
     kv_cache_dtype: Literal["auto", "fp8"] = Field(

@@ -86,7 +86,7 @@ class PoolLimits:
 
 def weight_bytes(config: GemmaConfig, itemsize: int, quantization: str) -> int:
     """Of the loaded weights. quantization: none, int8, fp8 or int4; in 8 bits, each row of a matrix has a
-    scale in fp32, in 4 bits, 128 weights have 3 bytes beside. But for int8, the embedding is as without."""
+    scale in fp32, in 4 bits, 32 weights have 4 bytes beside. But for int8, the embedding is as without."""
     shapes = [*expected_weights(config).values()]
     if quantization == "none":
         return itemsize * sum(map(prod, shapes))
@@ -94,7 +94,7 @@ def weight_bytes(config: GemmaConfig, itemsize: int, quantization: str) -> int:
     matrices = [shape for shape in shapes if len(shape) == 2]
     norms = sum(4 * shape[0] for shape in shapes if len(shape) == 1)
     if quantization == "int4":
-        return embedding + norms + sum(prod(shape) // 2 + 3 * prod(shape) // 128 for shape in matrices)
+        return embedding + norms + sum(5 * prod(shape) // 8 for shape in matrices)
     return embedding + norms + sum(prod(shape) + 4 * shape[0] for shape in matrices)
 
 

@@ -33,7 +33,7 @@ FP32 = {
     *("weight", "q_norm", "k_norm", "frequencies", "x_scales", "weight_scales", "scales", "parts"),
 }
 REAL = {"scale", "softcap", "eps"}
-SIZES = {"num_rows", "out_width", "part_blocks", "num_parts", "num_groups", "part_groups"}
+SIZES = {"num_rows", "out_width", "part_blocks", "num_parts", "num_blocks"}
 WHOLE = {"table_row_stride", "table_column_stride", "num_seqs", "num_segments", "width", *SIZES}
 CACHE = {"keys", "values"}
 
@@ -121,19 +121,14 @@ def cases(shared_memory: int) -> Iterator[Case]:
         name = f"multiply_codes of {num_rows} rows"
         yield Case(name, fp8_linear.multiply_codes, constants, options, codes | out)
     yield Case("add_parts", parts.add_parts, {"BLOCK": 512}, {"num_warps": 4})
-    bytes_of = dict.fromkeys(("codes", "zeros"), "*u8") | {"scales": "*bf16"}
+    packed = dict.fromkeys(("codes", "scaling"), "*i32")
     for num_rows in (1, 32, 64, 256):
-        cut = int4_linear.Int4Linear(num_multiprocessors=132).plan(num_rows, out_width=2048, num_groups=128)
-        constants = {
-            "IS_SPLIT": cut.parts > 1,
-            "FEW_ROWS": cut.few_rows,
-            "BLOCK_M": cut.block_m,
-            "BLOCK_N": cut.block_n,
-        }
-        options = {"num_warps": cut.num_warps, "num_stages": cut.num_stages}
-        out = {"out": "*fp32"} if cut.parts > 1 else {}
+        tiles = int4_linear.Int4Linear(num_multiprocessors=132).plan(num_rows, out_width=2048, num_blocks=128)
+        constants = {"IS_SPLIT": tiles.parts > 1, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
+        options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+        out = {"out": "*fp32"} if tiles.parts > 1 else {}
         name = f"multiply_int4 of {num_rows} rows"
-        yield Case(name, int4_linear.multiply_int4, constants, options, bytes_of | out)
+        yield Case(name, int4_linear.multiply_int4, constants, options, packed | out)
     rounding = {"codes": "*fp8e4nv"}
     yield Case("quantize_rows", fp8_linear.quantize_rows, {"BLOCK": 32_768}, {"num_warps": 16}, rounding)
     sums = {"NUM_HEADS": 8, "HEAD_DIM": 256, "WINDOW": 0, "TILE": 32, "MAX_SEGMENTS": 64}

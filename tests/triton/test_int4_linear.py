@@ -15,7 +15,7 @@ SIDES = [(64, 128), (192, 384), (128, 640), (64, 2048)]
 
 
 def on_cpu(matrix: Int4Matrix) -> Int4Matrix:
-    return Int4Matrix(matrix.codes.cpu(), matrix.scales.cpu(), matrix.zeros.cpu())
+    return Int4Matrix(matrix.codes.cpu(), matrix.scaling.cpu())
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 16, 17, 33, 130])
@@ -42,17 +42,17 @@ def test_in_other_dtypes(device: torch.device, dtype: torch.dtype) -> None:
 
 def test_the_width_is_cut_where_there_is_little_else_to_deal_out() -> None:
     linear = Int4Linear(132)
-    assert linear.plan(1, 2048, num_groups=128).parts > 1
-    assert linear.plan(1, 32_768, num_groups=16).parts == 1
-    assert linear.plan(4096, 2048, num_groups=128).parts == 1
+    assert linear.plan(1, 2048, num_blocks=128).parts > 1
+    assert linear.plan(1, 32_768, num_blocks=16).parts == 1
+    assert linear.plan(4096, 2048, num_blocks=128).parts == 1
     for num_rows in (1, 20, 64, 300):
-        assert 2560 % linear.plan(num_rows, 2560, num_groups=16).block_n == 0
+        assert 2560 % linear.plan(num_rows, 2560, num_blocks=16).block_n == 0
 
 
-def test_groups_that_cannot_be_dealt_out_evenly(device: torch.device) -> None:
+def test_blocks_that_cannot_be_dealt_out_evenly(device: torch.device) -> None:
     linear = Int4Linear(132)
     inputs = 128 * 27
-    assert linear.plan(1, 64, num_groups=27).parts == 4
+    assert linear.plan(1, 64, num_blocks=27).parts == 4
     x = normal(1, inputs, dtype=torch.bfloat16, seed=1)
     matrix = int4.quantize(normal(64, inputs, seed=2).to(device))
     expected = int4.multiply(x, on_cpu(matrix)).float()

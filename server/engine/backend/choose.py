@@ -27,8 +27,9 @@ def choose_backend(
 ) -> AnyBackend:
     """name: auto, native, triton or reference. cpu_isa: auto or one of the native back end's levels.
 
-    quantization: of the weight matrices, none, int8, fp8 or int4. kv_cache_dtype: auto or fp8. auto is native on
-    a CPU and triton on a GPU, where they work. Raises BackendError where what is asked for by name cannot be.
+    quantization: of the weight matrices, none, int8, fp8 or int4. kv_cache_dtype: auto or fp8. auto is
+    native on a CPU and triton on a GPU, where they work. Raises BackendError where what is asked for by name
+    cannot be.
     """
     if name == "reference":
         return _reference(device, dtype, num_threads, quantization, kv_cache_dtype)

@@ -9,13 +9,15 @@ Laws:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from server.engine.backend.fp8 import CODES, Fp8Matrix
-from server.engine.backend.triton.parts import Launch, add_up, num_parts
+from server.engine.backend.triton.parts import add_up, num_parts
 
 _E4M3_MAX = tl.constexpr(448.0)
 _FEW_ROWS = 32
@@ -89,6 +91,18 @@ def multiply_codes(
         tl.store(out + part + place, product, mask=mask)
     else:
         tl.store(out + place, (product * x_scale * weight_scale).to(out.dtype.element_ty), mask=mask)
+
+
+class Launch(NamedTuple):
+    """How `multiply_codes` is cut up."""
+
+    few_rows: bool
+    block_m: int
+    block_n: int
+    block_k: int
+    parts: int
+    num_warps: int
+    num_stages: int
 
 
 class Fp8Linear:

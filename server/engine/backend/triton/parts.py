@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 _COLUMNS_ADDED = 512
-
-
-class Launch(NamedTuple):
-    """How a kernel that multiplies is cut up."""
-
-    few_rows: bool
-    block_m: int
-    block_n: int
-    block_k: int
-    parts: int
-    num_warps: int
-    num_stages: int
 
 
 def num_parts(num_programs: int, num_multiprocessors: int, most: int) -> int:
