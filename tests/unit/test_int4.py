@@ -34,13 +34,15 @@ def test_a_matrix_on_a_grid_of_its_range_is_exact() -> None:
     assert torch.equal(int4.quantize(weight).dequantize(), weight)
 
 
-def test_a_checkpoint_trained_for_q4_0_is_exact() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_in_q4_0_is_not_rounded_again(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (8, 8, 32), generator=generator).float()
     codes[:, :, 5] = -8.0
-    scales = torch.randn(8, 8, 1, generator=generator).bfloat16().float()  # of either sign
-    weight = (codes * scales).view(8, 256)
-    assert torch.equal(int4.quantize(weight).dequantize(), weight)
+    scales = torch.randn(8, 8, 1, generator=generator).half().float()  # of either sign
+    weight = (codes * scales).view(8, 256).to(dtype)
+    restored = int4.quantize(weight).dequantize()
+    torch.testing.assert_close(restored, weight.float(), rtol=2**-7, atol=0)
 
 
 def test_an_error_is_at_most_that_of_the_whole_range() -> None:

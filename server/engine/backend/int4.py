@@ -63,8 +63,8 @@ def _round(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """values: fp32 [rows, groups, 32]. Returns codes (uint8), scales (bfloat16) and zeros (int16).
 
     Of two grids, each group has the one that leaves the smaller squared error: one from its smallest weight to
-    its largest, and one from -8 to 7 with -8 the largest of either sign. The latter is llama.cpp's Q4_0, for
-    which Google has trained checkpoints: their weights stay what they are.
+    its largest, and one from -8 to 7 with -8 the largest of either sign. The latter is llama.cpp's Q4_0, so
+    that files in it are not rounded again.
     """
     low, high = values.amin(dim=2).clamp(max=0.0), values.amax(dim=2).clamp(min=0.0)
     of_range = _scale((high - low) / _LARGEST)

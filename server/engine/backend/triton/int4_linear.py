@@ -52,7 +52,8 @@ def multiply_int4(
     """Grid: (blocks of outputs, blocks of rows, parts of the width).
 
     x: [num_rows, num_blocks * 128]; codes, scaling: as in `Int4Matrix`, with a multiple of BLOCK_N outputs.
-    out: [num_rows, out_width], or with IS_SPLIT fp32 [parts, num_rows, out_width]. A part has part_blocks blocks.
+    out: [num_rows, out_width], or with IS_SPLIT fp32 [parts, num_rows, out_width]. A part has part_blocks
+    blocks.
     """
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
