@@ -235,10 +235,9 @@ class RequestMetrics:
             registry=registry,
         )
         self._aborted = {stage: aborted.labels(stage) for stage in ABORT_STAGES}
+        labels = dict(zip(LABELS, (model_name, "0"), strict=True))
         self._histograms = {
-            name: TokenHistogram(
-                f"vllm:{name}", text, dict(zip(LABELS, (model_name, "0"), strict=True)), buckets, registry
-            )
+            name: TokenHistogram(f"vllm:{name}", text, labels, buckets, registry)
             for name, (text, buckets) in REQUEST_HISTOGRAMS.items()
         }
 

@@ -17,6 +17,7 @@ from server.engine.backend.choose import choose_backend
 from server.engine.core import EngineCore
 from server.engine.device import check_dtype, default_num_threads, resolve_device, resolve_dtype
 from server.engine.device_step.backend import DeviceBackend
+from server.engine.dtype import DType
 from server.engine.grammar.compiler import GrammarCompiler
 from server.engine.kv_cache.manager import KVCacheManager
 from server.engine.kv_cache.tensors import KVTensors
@@ -105,7 +106,8 @@ def build_rank(config: EngineConfig, ranks: Ranks) -> Callable[[ModelInputs], ob
 
     Raises ValueError, OSError, RuntimeError.
     """
-    device, backend = resolve_device(config.device), _backend(config)
+    device = resolve_device(config.device)
+    backend = _backend(config, device, resolve_dtype(config.dtype))
     source = open_weights(
         Path(config.model_path), backend, device, config.weight_cache, ranks.rank, ranks.num_ranks
     )
@@ -116,8 +118,8 @@ def build_rank(config: EngineConfig, ranks: Ranks) -> Callable[[ModelInputs], ob
     return model.capture(kv.by_layer, limits.max_num_batched_tokens)
 
 
-def _backend(config: EngineConfig) -> AnyBackend:
-    device, name = resolve_device(config.device), config.backend
+def _backend(config: EngineConfig, device: str, dtype: DType) -> AnyBackend:
+    name = config.backend
     if config.tensor_parallel_size > 1 and device == "cpu":
         if name == "native":
             raise StartError("--backend native computes in one process: leave --tensor-parallel-size out")
@@ -126,7 +128,7 @@ def _backend(config: EngineConfig) -> AnyBackend:
         name,
         config.cpu_isa,
         device,
-        resolve_dtype(config.dtype),
+        dtype,
         config.num_threads or default_num_threads(),
         config.quantization,
         config.kv_cache_dtype,
@@ -137,7 +139,7 @@ def _build(config: EngineConfig, progress: Progress, wake: Callable[[], None]) -
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype)
     free_bytes = available_bytes(device)
-    backend = _backend(config)
+    backend = _backend(config, device, dtype)
     source = open_weights(
         Path(config.model_path), backend, device, config.weight_cache, 0, config.tensor_parallel_size
     )

@@ -117,7 +117,7 @@ def check(ahead: Ahead, wanted: list[GenerateRequest]) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", pytest.param("gemma3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("params", [PARAMS[:6], PARAMS], ids=["plain", "with steps that need the host"])
 def test_requests_that_come_and_go_get_the_tokens_of_the_synchronous_engine(
     queue: ThreadQueue, name: str, params: list[dict[str, Any]]

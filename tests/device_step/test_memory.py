@@ -75,6 +75,7 @@ def test_a_step_that_does_not_fit_beside_the_weights_says_what_to_lower(
 
     class Eager(Metered):
         def run(self, work: Any) -> None:
+            self.mark().wait()  # for the copy of what it reads
             work()
 
     queue = Eager([MemoryReport(100, 100, 0, 0)] * 2)

@@ -51,17 +51,20 @@ PROMPTS = [
 
 
 @pytest.mark.timeout(300)
-def test_greedy_tokens_equal_transformers_on_the_real_model() -> None:
+@pytest.mark.parametrize(
+    "texts", [PROMPTS[::4], pytest.param(PROMPTS, marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def test_greedy_tokens_equal_transformers_on_the_real_model(texts: list[str]) -> None:
     path = embedded_model.locate()
     tokenizer = Tokenizer.from_file(tokenizer_for_gguf(path, cache_directory()))
-    prompts = [tokenizer.encode_prompt(text) for text in PROMPTS]
+    prompts = [tokenizer.encode_prompt(text) for text in texts]
     continuations = _continuations(path, prompts)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers' GGUF reader copies read-only arrays
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
         ).eval()
-    for text, prompt_ids, tokens in zip(PROMPTS, prompts, continuations, strict=True):
+    for text, prompt_ids, tokens in zip(texts, prompts, continuations, strict=True):
         assert len(tokens) == NUM_TOKENS or tokens[-1] == tokenizer.eos_id
         logits = logits_of(theirs, [*prompt_ids, *tokens])[len(prompt_ids) - 1 : -1]
         lead = logits.amax(dim=-1) - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from server.engine.backend import fp8
 from server.engine.backend.reference import ReferenceBackend
-from server.engine.backend.reference_attention import quantize_heads
 from server.engine.backend.triton.attention import PagedAttention
 from server.engine.backend.triton.backend import TritonBackend
 from server.engine.models.config import AttentionSpec
@@ -119,6 +119,6 @@ def test_long_decodes_in_segments_in_fp8(device: torch.device) -> None:
 
 
 def test_heads_that_are_zero_in_fp8() -> None:
-    quantized, scales = quantize_heads(torch.zeros(1, 1, 128))
+    quantized, scales = fp8.quantize_rows(torch.zeros(1, 1, 128))
     assert quantized.float().eq(0).all()
     assert scales.eq(1).all()

@@ -31,7 +31,13 @@ def triton_model(name: str, device: torch.device) -> GemmaModel:
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma1", "gemma1-multi-query", "gemma2-tight-softcaps", "gemma3-rope-factor-8"]
+    "name",
+    [
+        "gemma1",
+        "gemma1-multi-query",
+        "gemma2-tight-softcaps",
+        pytest.param("gemma3-rope-factor-8", marks=pytest.mark.slow),
+    ],
 )
 def test_logits_equal_transformers(name: str, device: torch.device) -> None:
     token_ids = prompt(WINDOW + 9)

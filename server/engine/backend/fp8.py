@@ -1,7 +1,8 @@
-"""Matrices and activations in 8 bits of floating point (e4m3): how they are rounded, and what a product means.
+"""8 bits of floating point (e4m3): how numbers are rounded to them, and what a product of such matrices means.
 
 Each output of a matrix has a scale of its own, the largest of its weights over 448, the largest of e4m3; so has
-each row of what is multiplied with it, found when it comes. A number is its code times its scale.
+each row of what is multiplied with it, and each head of a key or value that is stored, found when it comes. A
+number is its code times its scale.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ def quantize(weight: Tensor) -> Fp8Matrix:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, width] of any float -> its codes, and fp32 [rows] by which they are multiplied."""
+    """[..., width] of any float -> its codes, and fp32 [...] by which they are multiplied."""
     wide = x.float()
-    largest = wide.abs().amax(dim=1)
+    largest = wide.abs().amax(dim=-1)
     scales = torch.where(largest > 0, largest / LARGEST, 1.0)
-    return (wide / scales[:, None]).to(CODES), scales
+    return (wide / scales[..., None]).to(CODES), scales
 
 
 def multiply(x: Tensor, weight: Fp8Matrix) -> Tensor:

@@ -33,7 +33,7 @@ class Int4Matrix:
         codes = torch.stack((pairs & 15, pairs >> 4), dim=3).flatten(2)
         zeros, scales = self.scaling[..., None].view(torch.int16).permute(3, 0, 2, 1)
         groups = codes.unflatten(2, (-1, GROUP)) - zeros[..., None].float()
-        weights = groups * scales.contiguous().view(torch.bfloat16)[..., None].float()
+        weights: Tensor = groups * scales.contiguous().view(torch.bfloat16)[..., None].float()
         return weights.flatten(2).transpose(0, 1).flatten(1)
 
 

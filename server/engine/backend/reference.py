@@ -20,7 +20,6 @@ from server.engine.backend.int4 import Int4Matrix
 from server.engine.backend.int8 import QuantizedMatrix
 from server.engine.backend.memory import zeros_on_demand
 from server.engine.backend.reference_attention import (
-    KV_FP8,
     AttentionPlan,
     KVCache,
     kv_bytes,
@@ -76,17 +75,16 @@ class ReferenceBackend:
         self._quantization = quantization
         self._device = device
         self._torch_dtype: torch.dtype = getattr(torch, dtype)
-        self._kv_dtype = KV_FP8 if kv_cache_dtype == "fp8" else self._torch_dtype
+        self._kv_dtype = fp8.CODES if kv_cache_dtype == "fp8" else self._torch_dtype
         self._scratch = Scratch(device)
         self._matmul = UpcastMatmul() if UpcastMatmul.is_needed(device, self._torch_dtype) else F.linear
 
     def prepare_linear(self, weight: Tensor) -> Matrix:
-        weight = weight.to(self._device, self._torch_dtype)
         if self._quantization == "fp8" and fp8.fits(weight):
-            return fp8.quantize(weight)
+            return fp8.quantize(weight.to(self._device, self._torch_dtype))
         if self._quantization == "int4" and int4.fits(weight):
-            return int4.quantize(weight)
-        return int8.quantize(weight) if self._quantization == "int8" else weight
+            return int4.quantize(weight.to(self._device, self._torch_dtype))
+        return self.prepare_embedding(weight)
 
     def prepare_embedding(self, weight: Tensor) -> Table:
         weight = weight.to(self._device, self._torch_dtype)

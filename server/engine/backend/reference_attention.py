@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from server.engine.backend import fp8
 from server.engine.backend.scratch import Scratch
 from server.engine.inputs import AttentionMetadata
 from server.engine.models.config import AttentionSpec
 
-KV_FP8 = torch.float8_e4m3fn
-_E4M3_MAX = 448.0
 _GATHER_TOKENS = 8192
 """Keys gathered for one batch of decodes at most (unless one sequence alone has more)."""
 _TILE_QUERIES = 128
@@ -54,7 +53,7 @@ class KVCache:
         zeros: Callable[[tuple[int, ...], torch.dtype], Tensor],
     ) -> KVCache:
         """shape: [blocks, block_size, kv_heads, head_dim]; zeros: allocates."""
-        if dtype is not KV_FP8:
+        if dtype is not fp8.CODES:
             return cls(zeros(shape, dtype), zeros(shape, dtype))
         scales = (zeros(shape[:3], torch.float32) for _ in range(2))
         return cls(zeros(shape, dtype), zeros(shape, dtype), *scales)
@@ -63,7 +62,7 @@ class KVCache:
         """slots: [T]; k, v: [T, kv_heads, head_dim] in the model's dtype."""
         for storage, scales, new in ((self.keys, self.key_scales, k), (self.values, self.value_scales, v)):
             if scales is not None:
-                new, scale = quantize_heads(new)
+                new, scale = fp8.quantize_rows(new)
                 scales.view(-1, scales.shape[2]).index_copy_(0, slots, scale)
                 # Not every operation knows float8; copying is the same for bytes.
                 storage, new = storage.view(torch.uint8), new.view(torch.uint8)
@@ -73,15 +72,7 @@ class KVCache:
 def kv_bytes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
     """Bytes of a `KVCache` of this shape."""
     num_heads = math.prod(shape[:3])
-    return 2 * num_heads * (shape[3] * dtype.itemsize + (4 if dtype is KV_FP8 else 0))
-
-
-def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[T, heads, head_dim] -> the same in e4m3, and the scales, fp32 [T, heads]."""
-    x = x.float()
-    largest = x.abs().amax(dim=-1)
-    scale = torch.where(largest > 0, largest / _E4M3_MAX, 1.0)
-    return (x / scale[..., None]).to(KV_FP8), scale
+    return 2 * num_heads * (shape[3] * dtype.itemsize + (4 if dtype is fp8.CODES else 0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,13 @@ class RankError(ValueError):
 
 
 def gather_ranks(config: EngineConfig, device: str) -> Ranks:
-    """Starts this host's other ranks, and waits for those of all hosts. Raises PlaceError, RuntimeError."""
+    """Starts this host's other ranks, and waits for those of all hosts. Raises PlaceError, RankError,
+    RuntimeError."""
     place = HostPlace.of(config.tensor_parallel_size)
     check_devices(place, device)
     num_ranks = place.num_ranks
     if place.leader is None:
+        # Also for the workers. Gloo would ask the host's name for an address, which may lead nowhere.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = open_store("127.0.0.1", 0, num_ranks, is_leader=True)
         host = "127.0.0.1"

@@ -25,7 +25,6 @@ logger = logging.getLogger("server.engine.parallel.worker")  # whose name is __m
 
 class WorkerStart(msgspec.Struct, frozen=True):
     rank: int
-    num_ranks: int
     host: str
     """Of rank 0, with its port."""
     port: int
@@ -38,16 +37,13 @@ def start_workers(
     """A process for each of these ranks of this host. They end with the thread that called this."""
     processes = []
     for rank in ranks:
-        environment = os.environ | _device_of(rank - place.local_ranks.start)
-        if place.num_hosts == 1:
-            # Gloo would ask the host's name for an address, which may lead nowhere.
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         process = subprocess.Popen(
-            [sys.executable, "-m", "server.engine.parallel.worker"], stdin=subprocess.PIPE, env=environment
+            [sys.executable, "-m", "server.engine.parallel.worker"],
+            stdin=subprocess.PIPE,
+            env=os.environ | _device_of(rank - place.local_ranks.start),
         )
         assert process.stdin is not None
-        start = WorkerStart(rank, place.num_ranks, host, port, config)
-        process.stdin.write(msgspec.json.encode(start))
+        process.stdin.write(msgspec.json.encode(WorkerStart(rank, host, port, config)))
         process.stdin.close()
         processes.append(process)
     return processes
@@ -64,10 +60,11 @@ def run(start: WorkerStart) -> None:
     from server.engine.build import build_rank
     from server.engine.parallel.ranks import Ranks, open_store
 
-    store = open_store(start.host, start.port, start.num_ranks, is_leader=False)
-    ranks = Ranks(start.rank, start.num_ranks, store, resolve_device(start.config.device))
+    num_ranks = start.config.tensor_parallel_size
+    store = open_store(start.host, start.port, num_ranks, is_leader=False)
+    ranks = Ranks(start.rank, num_ranks, store, resolve_device(start.config.device))
     forward = build_rank(start.config, ranks)
-    logger.info("rank %d of %d is ready", start.rank, start.num_ranks)
+    logger.info("rank %d of %d is ready", start.rank, num_ranks)
     while True:
         try:
             inputs = ranks.receive()

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from server.engine.backend.reference_attention import KVCache
+from server.engine.backend.triton.parts import num_parts
 from server.engine.device_step.inputs import DeviceInputs
 from server.engine.models.config import AttentionSpec
 
@@ -336,9 +337,8 @@ class PagedAttention:
         block_m = max(_DECODE_ROWS, spec.num_heads // spec.num_kv_heads)
         num_programs = num_seqs * spec.num_kv_heads
         tile = self._fitting_tile(spec, itemsize, 32)
-        wanted = 2 * self.num_multiprocessors // num_programs
         most = min(_MAX_SEGMENTS, max_seq_len // (_TILES_PER_SEGMENT * tile))
-        segments = 1 << max(0, min(wanted, most).bit_length() - 1)
+        segments = num_parts(num_programs, self.num_multiprocessors, most)
         if itemsize == 1:
             # What converts numbers of one byte to two takes registers.
             return Launch(block_m, tile, segments, num_warps=8, num_stages=2)

@@ -19,7 +19,7 @@ from server.engine.backend.base import AttentionLayer, Rope
 from server.engine.backend.fp8 import Fp8Matrix
 from server.engine.backend.int4 import Int4Matrix
 from server.engine.backend.reference import rope_frequencies
-from server.engine.backend.reference_attention import KV_FP8, KVCache, kv_bytes
+from server.engine.backend.reference_attention import KVCache, kv_bytes
 from server.engine.backend.triton import pointwise
 from server.engine.backend.triton.attention import PagedAttention
 from server.engine.backend.triton.fp8_linear import Fp8Linear
@@ -50,14 +50,14 @@ class TritonBackend:
         self._quantization = quantization
         self._device = device
         self._torch_dtype: torch.dtype = getattr(torch, dtype)
-        self._kv_dtype = KV_FP8 if kv_cache_dtype == "fp8" else self._torch_dtype
+        self._kv_dtype = fp8.CODES if kv_cache_dtype == "fp8" else self._torch_dtype
         self._attention = PagedAttention.on(device)
         self._fp8_linear = Fp8Linear(self._attention.num_multiprocessors)
         self._int4_linear = Int4Linear(self._attention.num_multiprocessors)
         self._frequencies: dict[Rope, Tensor] = {}
 
     def prepare_linear(self, weight: Tensor) -> Matrix:
-        weight = weight.to(self._device, self._torch_dtype)
+        weight = self.prepare_embedding(weight)
         if self._quantization == "fp8" and fp8.fits(weight):
             return fp8.quantize(weight)
         return int4.quantize(weight) if self._quantization == "int4" and int4.fits(weight) else weight

@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from server.engine.backend.fp8 import CODES, Fp8Matrix
+from server.engine.backend.triton.e4m3 import scale_of
 from server.engine.backend.triton.parts import add_up, num_parts
 
-_E4M3_MAX = tl.constexpr(448.0)
 _FEW_ROWS = 32
 
 
@@ -31,8 +31,7 @@ def quantize_rows(x, codes, scales, width, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = column < width
     value = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(value), axis=0)
-    scale = tl.where(largest > 0.0, largest / _E4M3_MAX, 1.0)
+    scale = scale_of(tl.max(tl.abs(value), axis=0))
     tl.store(scales + row, scale)
     tl.store(codes + start + column, (value / scale).to(codes.dtype.element_ty), mask=inside)
 

@@ -1,4 +1,5 @@
-"""How products are cut up so that a GPU has enough to do, and how what the parts give is added up."""
+"""Into how many parts the work of a program is dealt out where a GPU would have too few programs, and how what
+the parts of a product give is added up."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ _COLUMNS_ADDED = 512
 
 
 def num_parts(num_programs: int, num_multiprocessors: int, most: int) -> int:
-    """Parts of the width, a power of two, for so many programs over rows and columns. most: at least 1 is
-    returned."""
+    """A power of two, such that there are about two programs for each multiprocessor. most: at least 1 is
+    returned all the same."""
     wanted = 2 * num_multiprocessors // num_programs
     return 1 << max(0, min(wanted, most).bit_length() - 1)
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from server.engine.backend.base import AttentionLayer
 from server.engine.backend.reference_attention import KVCache
+from server.engine.backend.triton.e4m3 import scale_of
 from server.engine.device_step.inputs import DeviceInputs
-
-_E4M3_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
@@ -24,8 +23,7 @@ def _quantize(x, QUANTIZED: tl.constexpr):
     """x over its scale, and the scale, such that the largest magnitude becomes that of e4m3."""
     scale = 1.0
     if QUANTIZED:
-        amax = tl.max(tl.abs(x), axis=0)
-        scale = tl.where(amax > 0.0, amax / _E4M3_MAX, 1.0)
+        scale = scale_of(tl.max(tl.abs(x), axis=0))
     return x / scale, scale
 
 
@@ -94,8 +92,7 @@ def rotate_and_store(
         place = slot * KV_HEADS + head - NUM_HEADS
         first, second = rotated_first.to(tl.float32), rotated_second.to(tl.float32)
         if QUANTIZED:
-            amax = tl.maximum(tl.max(tl.abs(first), axis=0), tl.max(tl.abs(second), axis=0))
-            scale = tl.where(amax > 0.0, amax / _E4M3_MAX, 1.0)
+            scale = scale_of(tl.maximum(tl.max(tl.abs(first), axis=0), tl.max(tl.abs(second), axis=0)))
             tl.store(key_scales + place, scale)
             first, second = first / scale, second / scale
         stored = keys.dtype.element_ty
