@@ -39,7 +39,7 @@ def model(backend: AnyBackend, matrix: type) -> GemmaModel:
     return GemmaModel(CONFIG, backend, weights)
 
 
-@pytest.fixture(scope="module", params=MATRICES)
+@pytest.fixture(scope="module", params=[pytest.param("fp8", marks=pytest.mark.slow), "int4"])
 def models(request: pytest.FixtureRequest) -> tuple[GemmaModel, GemmaModel]:
     """Reference and Triton."""
     quantization: Any = request.param
@@ -58,6 +58,7 @@ def test_logits_are_the_reference_s(models: tuple[GemmaModel, GemmaModel]) -> No
     assert (ours - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_the_reference_s(models: tuple[GemmaModel, GemmaModel]) -> None:
     requests = [request(prompt(n, seed=n), request_id=f"r{n}", max_tokens=6) for n in (12, 1, 20)]
     expected, ours = (Engine(each, chunk=16).generate(requests, arrive_every=2) for each in models)

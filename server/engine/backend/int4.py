@@ -6,6 +6,7 @@ zero) times the scale, code and zero from 0 to 15, and then rounded to the dtype
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +38,9 @@ class Int4Matrix:
         return weights.flatten(2).transpose(0, 1).flatten(1)
 
 
-def fits(weight: Tensor) -> bool:
-    """Whether kernels multiply with it in 4 bits: with all of Gemma's matrices, but not with any."""
-    return weight.shape[0] % 64 == 0 and weight.shape[1] % BLOCK == 0
+def fits(shape: Sequence[int]) -> bool:
+    """Whether kernels multiply with such a matrix in 4 bits: with all of Gemma's, but not with any part."""
+    return shape[0] % 64 == 0 and shape[1] % BLOCK == 0
 
 
 def quantize(weight: Tensor) -> Int4Matrix:

@@ -80,9 +80,9 @@ class ReferenceBackend:
         self._matmul = UpcastMatmul() if UpcastMatmul.is_needed(device, self._torch_dtype) else F.linear
 
     def prepare_linear(self, weight: Tensor) -> Matrix:
-        if self._quantization == "fp8" and fp8.fits(weight):
+        if self._quantization == "fp8" and fp8.fits(weight.shape):
             return fp8.quantize(weight.to(self._device, self._torch_dtype))
-        if self._quantization == "int4" and int4.fits(weight):
+        if self._quantization == "int4" and int4.fits(weight.shape):
             return int4.quantize(weight.to(self._device, self._torch_dtype))
         return self.prepare_embedding(weight)
 

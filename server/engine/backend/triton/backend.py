@@ -58,9 +58,9 @@ class TritonBackend:
 
     def prepare_linear(self, weight: Tensor) -> Matrix:
         weight = self.prepare_embedding(weight)
-        if self._quantization == "fp8" and fp8.fits(weight):
+        if self._quantization == "fp8" and fp8.fits(weight.shape):
             return fp8.quantize(weight)
-        return int4.quantize(weight) if self._quantization == "int4" and int4.fits(weight) else weight
+        return int4.quantize(weight) if self._quantization == "int4" and int4.fits(weight.shape) else weight
 
     def prepare_embedding(self, weight: Tensor) -> Tensor:
         return weight.to(self._device, self._torch_dtype)
