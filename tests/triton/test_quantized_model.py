@@ -52,8 +52,8 @@ def models(request: pytest.FixtureRequest) -> tuple[GemmaModel, GemmaModel]:
 
 
 def test_logits_are_the_reference_s(models: tuple[GemmaModel, GemmaModel]) -> None:
-    token_ids = prompt(40)
-    expected, ours = (our_logits(each, token_ids, chunk=35, block_size=4).cpu() for each in models)
+    token_ids = prompt(24)
+    expected, ours = (our_logits(each, token_ids, chunk=19, block_size=4).cpu() for each in models)
     # An activation at the edge between two codes of e4m3 may get the other.
     assert (ours - expected).norm() < 0.02 * expected.norm()
 
