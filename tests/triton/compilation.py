@@ -121,6 +121,8 @@ def cases(shared_memory: int) -> Iterator[Case]:
         name = f"multiply_codes of {num_rows} rows"
         yield Case(name, fp8_linear.multiply_codes, constants, options, codes | out)
     yield Case("add_parts", parts.add_parts, {"BLOCK": 512}, {"num_warps": 4})
+    unscaled = {"BLOCK": 512, "x_scales": None, "weight_scales": None}
+    yield Case("add_parts without scales", parts.add_parts, unscaled, {"num_warps": 4})
     packed = dict.fromkeys(("codes", "scaling"), "*i32")
     for num_rows in (1, 32, 64, 256):
         tiles = int4_linear.Int4Linear(num_multiprocessors=132).plan(num_rows, out_width=2048, num_blocks=128)
