@@ -65,6 +65,7 @@ FORMATS = (
     Format("fp32", "float32", "none"),
     Format("int8 weights, bf16", "bfloat16", "int8"),
     Format("fp8 weights and activations, bf16", "bfloat16", "fp8", "reference"),
+    Format("int4 weights, bf16", "bfloat16", "int4", "reference"),
 )
 
 

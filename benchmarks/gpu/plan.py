@@ -67,5 +67,6 @@ VARIANTS: dict[str, dict[str, str]] = {
     "bf16": {},
     "fp8-kv": {"kv_cache_dtype": "fp8"},
     "fp8": {"quantization": "fp8", "kv_cache_dtype": "fp8"},
+    "int4": {"quantization": "int4"},
 }
 """The engine's options (and, with dashes, the server's) by what the variant is called."""

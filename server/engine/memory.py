@@ -85,13 +85,27 @@ class PoolLimits:
 
 
 def weight_bytes(config: GemmaConfig, itemsize: int, quantization: str) -> int:
-    """Of the loaded weights. quantization: none, int8 or fp8; in 8 bits, each row of a matrix has a scale in
-    fp32. With fp8 the embedding is as without."""
+    """Of the loaded weights. quantization: none, int8, fp8 or int4. With fp8 and int4, the embedding is as
+    without, and so are matrices that the kernels do not take."""
     shapes = [*expected_weights(config).values()]
     if quantization == "none":
         return itemsize * sum(map(prod, shapes))
-    embedding = itemsize * prod(shapes.pop(0)) if quantization == "fp8" else 0
-    return embedding + sum(prod(shape) + 4 * shape[0] if len(shape) == 2 else 4 * shape[0] for shape in shapes)
+    embedding = 0 if quantization == "int8" else itemsize * prod(shapes.pop(0))
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    norms = sum(4 * shape[0] for shape in shapes if len(shape) == 1)
+    return embedding + norms + sum(_matrix_bytes(shape, itemsize, quantization) for shape in matrices)
+
+
+def _matrix_bytes(shape: Sequence[int], itemsize: int, quantization: str) -> int:
+    """In 8 bits, each row has a scale in fp32; in 4 bits, 32 weights have 4 bytes beside."""
+    in_8_bits = prod(shape) + 4 * shape[0]
+    if quantization == "int8":
+        return in_8_bits
+    from server.engine.backend import fp8, int4  # which import torch, as the back ends that have them do
+
+    if quantization == "fp8" and fp8.fits(shape):
+        return in_8_bits
+    return 5 * prod(shape) // 8 if quantization == "int4" and int4.fits(shape) else itemsize * prod(shape)
 
 
 def activation_bytes(config: GemmaConfig, itemsize: int, limits: PoolLimits) -> int:

@@ -105,7 +105,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
     """auto | bfloat16 | float32 | float16"""
     quantization: str = "none"
-    """Of the weight matrices: none | int8 | fp8"""
+    """Of the weight matrices: none | int8 | fp8 | int4"""
     kv_cache_dtype: str = "auto"
     """auto, which is `dtype` | fp8"""
     device: str = "auto"

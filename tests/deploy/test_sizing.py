@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from server.config import load_config
-from server.engine.memory import PoolLimits, activation_bytes, size_kv_pools, weight_bytes
+from server.engine.memory import (
+    OutOfMemoryError,
+    PoolLimits,
+    activation_bytes,
+    size_kv_pools,
+    weight_bytes,
+)
 from server.engine.models.config import GemmaConfig, KVGroupSpec
 from server.engine.models.config_reader import read_hf
 from tests.deploy.objects import environment, quantity, server_pod
@@ -45,6 +51,19 @@ def bytes_per_block(group: KVGroupSpec, block_size: int) -> int:
     return 2 * block_size * group.num_kv_heads * group.head_dim * ITEM_BYTES * len(group.layer_indices)
 
 
+def cache_tokens(gemma: GemmaConfig, quantization: str, limits: PoolLimits, allowed: float) -> int:
+    """allowed: bytes for weights, steps and cache."""
+    weights = weight_bytes(gemma, ITEM_BYTES, quantization)
+    groups = gemma.kv_groups()
+    (blocks,) = size_kv_pools(
+        groups,
+        [bytes_per_block(group, limits.block_size) for group in groups],
+        int(allowed) - weights - activation_bytes(gemma, ITEM_BYTES, limits),
+        limits,
+    )
+    return blocks * limits.block_size
+
+
 @pytest.mark.parametrize("overlay", ["gemma-2b-l4", "gemma-7b-l4", "gemma-7b-a100"])
 def test_weights_and_cache_fit_and_the_readme_says_how_much(overlay: str) -> None:
     combination = Combination(overlay)
@@ -62,15 +81,27 @@ def test_weights_and_cache_fit_and_the_readme_says_how_much(overlay: str) -> Non
     weights = weight_bytes(gemma, ITEM_BYTES, config.quantization)
     total = GPU_BYTES[pod.spec["nodeSelector"]["cloud.google.com/gke-accelerator"]]
     share = config.gpu_memory_utilization or DEFAULT_SHARE
-    budget = int(share * total) - weights - activation_bytes(gemma, ITEM_BYTES, limits)
-    groups = gemma.kv_groups()
-    (blocks,) = size_kv_pools(
-        groups, [bytes_per_block(group, config.block_size) for group in groups], budget, limits
-    )
+    tokens = cache_tokens(gemma, config.quantization, limits, share * total)
     readme = (K8S / "README.md").read_text(encoding="utf-8")
     (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{overlay}` ")]
-    assert f"{blocks * config.block_size:,} tokens" in row
+    assert f"{tokens:,} tokens" in row
     assert row.rstrip(" |").endswith(str(pod.workload["spec"]["replicas"]))
     # The loader maps the files, whose pages count as the pod's memory while they are read.
     assert weights < quantity(pod.container["resources"]["limits"]["memory"])
     assert DISK_BYTES * weights < quantity(pod.volumes["cache"]["emptyDir"]["sizeLimit"])
+
+
+@pytest.mark.parametrize(("quantization", "gib"), [("fp8", 8.7), ("int4", 6.0)])
+def test_the_7b_fits_an_l4_with_its_whole_context_when_its_weights_are_rounded(
+    quantization: str, gib: float
+) -> None:
+    gemma = model("google/gemma-7b-it")
+    assert round(weight_bytes(gemma, ITEM_BYTES, quantization) / GIB, 1) == gib
+    allowed = DEFAULT_SHARE * GPU_BYTES["nvidia-l4"]
+    of_a_gpu = PoolLimits(16, gemma.max_position, 256, DEFAULT_BATCHED_TOKENS, steps_in_flight=2)
+    with pytest.raises(OutOfMemoryError, match="--max-model-len 8192"):
+        cache_tokens(gemma, "none", of_a_gpu, allowed)
+    tokens = cache_tokens(gemma, quantization, of_a_gpu, allowed)
+    assert tokens > 2 * gemma.max_position
+    readme = (K8S / "README.md").read_text(encoding="utf-8")
+    assert f"{gib} GiB and leave room for {tokens:,} tokens" in " ".join(readme.split())

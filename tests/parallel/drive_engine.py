@@ -1,6 +1,6 @@
 """Runs an engine of so many ranks over a few requests and prints what came of them: a program for `test_ranks`.
 
-python -m tests.parallel.drive_engine MODEL RANKS [wait]
+python -m tests.parallel.drive_engine MODEL RANKS QUANTIZATION [wait]
 
 With `wait`, it prints the number of the other rank's process and computes until something fails.
 """
@@ -18,12 +18,13 @@ from server.engine.types import EngineConfig, GenerateRequest, SamplingParams
 
 
 def main() -> None:
-    path, num_ranks = sys.argv[1], int(sys.argv[2])
+    path, num_ranks, quantization = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     config = EngineConfig(
         model_path=path,
         device="cpu",
         backend="auto" if num_ranks > 1 else "reference",
         dtype="float32",
+        quantization=quantization,
         num_threads=1,
         tensor_parallel_size=num_ranks,
         max_model_len=128,
@@ -33,7 +34,7 @@ def main() -> None:
         block_size=4,
     )
     core, _ = build_engine(config, lambda *_: None)
-    if sys.argv[3:] == ["wait"]:
+    if sys.argv[4:] == ["wait"]:
         (other,) = psutil.Process().children()
         print(other.pid, flush=True)
         other.wait()

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from server.engine.build import StartError, build_engine
+from server.engine.models.config import expected_weights
+from server.engine.models.config_reader import read_hf
 from server.engine.types import EngineConfig
-from tests.parity.harness import CONFIGS, checkpoint, hf_logits
+from tests.parity.harness import CONFIGS, WIDE, checkpoint, hf_logits
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["gemma1-multi-query", "gemma2-tight-softcaps", "gemma1", "gemma3"]
@@ -34,9 +36,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def drive(models: Path, name: str, num_ranks: int, *more: str) -> dict[str, Any]:
+def drive(model: Path, num_ranks: int, quantization: str = "none") -> dict[str, Any]:
     """What tests.parallel.drive_engine prints, in a process of its own, since it becomes rank 0."""
-    command = [sys.executable, "-m", "tests.parallel.drive_engine", str(models / name), str(num_ranks), *more]
+    command = [sys.executable, "-m", "tests.parallel.drive_engine", str(model), str(num_ranks), quantization]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
     assert run.returncode == 0, run.stderr[-3000:]
     result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
@@ -47,25 +49,41 @@ def drive(models: Path, name: str, num_ranks: int, *more: str) -> dict[str, Any]
     "name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
 )
 def test_two_and_four_ranks_give_what_one_gives(models: Path, name: str) -> None:
-    one = drive(models, name, 1)
+    one = drive(models / name, 1)
     assert len(one["tokens"]["r0"]) == 12
     for num_ranks in (2, 4):
-        some = drive(models, name, num_ranks)
+        some = drive(models / name, num_ranks)
         assert some["tokens"] == one["tokens"]
         torch.testing.assert_close(
             torch.tensor(some["logprobs"]), torch.tensor(one["logprobs"]), atol=2e-5, rtol=0
         )
 
 
+@pytest.mark.slow
+def test_two_ranks_give_what_one_gives_in_4_bits(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(WIDE))
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        f"model.{name}": torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        for name, shape in expected_weights(read_hf(WIDE)).items()
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    one, two, exact = (drive(tmp_path, *more) for more in ((1, "int4"), (2, "int4"), (1,)))
+    assert two["tokens"] == one["tokens"]
+    logprobs = (torch.tensor(each["logprobs"]) for each in (two, one))
+    torch.testing.assert_close(*logprobs, atol=2e-5, rtol=0)
+    assert exact["logprobs"] != one["logprobs"]
+
+
 def test_their_logits_are_those_of_transformers(models: Path) -> None:
-    result = drive(models, "gemma1-multi-query", 2)
+    result = drive(models / "gemma1-multi-query", 2)
     logits = hf_logits("gemma1-multi-query", result["prompt"])
     expected = torch.log_softmax(logits[:-1], dim=-1).gather(1, torch.tensor(result["prompt"][1:])[:, None])
     torch.testing.assert_close(torch.tensor(result["logprobs"]), expected[:, 0], atol=2e-5, rtol=0)
 
 
 def test_a_rank_that_ends_ends_the_others(models: Path) -> None:
-    command = [sys.executable, "-m", "tests.parallel.drive_engine", str(models / "gemma1"), "2", "wait"]
+    command = [sys.executable, "-m", "tests.parallel.drive_engine", str(models / "gemma1"), "2", "none", "wait"]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as engine:

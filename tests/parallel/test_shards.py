@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from server.engine.backend import int4
 from server.engine.models.config import ConfigError, expected_weights
 from server.engine.models.config_reader import read_hf
 from server.engine.parallel.shards import shard_config, shard_weights
-from tests.parity.harness import CONFIGS
+from tests.parity.harness import CONFIGS, WIDE
 
 
 @pytest.mark.parametrize("name", ["gemma1", "gemma1-multi-query", "gemma3"])
@@ -32,6 +33,16 @@ def test_each_rank_has_the_kv_head_of_its_query_heads() -> None:
         assert part.shape == (16, 32)
         owners.append(int(part[0, 0]))
     assert owners == [0, 0, 1, 1]
+
+
+def test_the_parts_in_4_bits_are_those_of_the_whole_in_4_bits() -> None:
+    config = read_hf(WIDE)
+    whole = {name: torch.randn(shape) for name, shape in expected_weights(config).items() if len(shape) == 2}
+    rounded = [(name, int4.quantize(tensor).dequantize()) for name, tensor in whole.items()]
+    for rank in range(2):
+        parts = shard_weights(config, whole.items(), rank, 2)
+        for (name, part), (_, expected) in zip(parts, shard_weights(config, rounded, rank, 2), strict=True):
+            assert torch.equal(int4.quantize(part).dequantize(), expected), name
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 3, "query_pre_attn_scalar": 16},
 }
 
+WIDE = CONFIGS["gemma1"] | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
+"""A model whose matrices can be rounded to 4 bits, and their halves, too."""
+
 
 @cache
 def hf_model(name: str) -> Any:

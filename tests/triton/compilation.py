@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from server.engine.backend.triton import attention, fp8_linear, pointwise, rotary
+from server.engine.backend.triton import attention, fp8_linear, int4_linear, parts, pointwise, rotary
 from server.engine.models.config import AttentionSpec
 
 GEMMA_2B = AttentionSpec(8, 1, 256, 1 / 16, None, None)
@@ -33,7 +33,7 @@ FP32 = {
     *("weight", "q_norm", "k_norm", "frequencies", "x_scales", "weight_scales", "scales", "parts"),
 }
 REAL = {"scale", "softcap", "eps"}
-SIZES = {"num_rows", "out_width", "part_blocks", "num_parts"}
+SIZES = {"num_rows", "out_width", "part_blocks", "num_parts", "num_blocks"}
 WHOLE = {"table_row_stride", "table_column_stride", "num_seqs", "num_segments", "width", *SIZES}
 CACHE = {"keys", "values"}
 
@@ -120,7 +120,17 @@ def cases(shared_memory: int) -> Iterator[Case]:
         out = {"out": "*fp32"} if cut.parts > 1 else {}
         name = f"multiply_codes of {num_rows} rows"
         yield Case(name, fp8_linear.multiply_codes, constants, options, codes | out)
-    yield Case("add_parts", fp8_linear.add_parts, {"BLOCK": 512}, {"num_warps": 4})
+    yield Case("add_parts", parts.add_parts, {"BLOCK": 512}, {"num_warps": 4})
+    unscaled = {"BLOCK": 512, "x_scales": None, "weight_scales": None}
+    yield Case("add_parts without scales", parts.add_parts, unscaled, {"num_warps": 4})
+    packed = dict.fromkeys(("codes", "scaling"), "*i32")
+    for num_rows in (1, 32, 64, 256):
+        tiles = int4_linear.Int4Linear(num_multiprocessors=132).plan(num_rows, out_width=2048, num_blocks=128)
+        constants = {"IS_SPLIT": tiles.parts > 1, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
+        options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+        out = {"out": "*fp32"} if tiles.parts > 1 else {}
+        name = f"multiply_int4 of {num_rows} rows"
+        yield Case(name, int4_linear.multiply_int4, constants, options, packed | out)
     rounding = {"codes": "*fp8e4nv"}
     yield Case("quantize_rows", fp8_linear.quantize_rows, {"BLOCK": 32_768}, {"num_warps": 16}, rounding)
     sums = {"NUM_HEADS": 8, "HEAD_DIM": 256, "WINDOW": 0, "TILE": 32, "MAX_SEGMENTS": 64}

@@ -13,13 +13,14 @@ from server.engine.dtype import DType
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kv_cache_dtype"), [(DType.BFLOAT16, "auto"), (DType.FLOAT32, "auto"), (DType.BFLOAT16, "fp8")]
+    ("dtype", "kv_cache_dtype", "quantization"),
+    [(DType.BFLOAT16, "auto", "int4"), (DType.FLOAT32, "auto", "none"), (DType.BFLOAT16, "fp8", "fp8")],
 )
-def test_it_passes(device: torch.device, dtype: DType, kv_cache_dtype: str) -> None:
-    self_test(device, dtype, kv_cache_dtype)
+def test_it_passes(device: torch.device, dtype: DType, kv_cache_dtype: str, quantization: str) -> None:
+    self_test(device, dtype, kv_cache_dtype, quantization)
 
 
-@pytest.mark.parametrize("operation", ["rms_norm", "add_rms_norm", "geglu", "attention"])
+@pytest.mark.parametrize("operation", ["rms_norm", "add_rms_norm", "geglu", "linear", "attention"])
 def test_a_wrong_number_or_none_is_found(
     device: torch.device, operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from server.engine.backend import native_library
 from server.engine.backend.choose import BackendError, choose_backend
@@ -42,6 +43,22 @@ def test_each_device_has_its_own_kernels() -> None:
         choose_backend("auto", "auto", "cpu", DType.BFLOAT16, 1, "none", "fp8")
     with pytest.raises(BackendError, match=r"--backend native: .* --device is cuda"):
         choose_backend("native", "auto", "cuda", DType.FLOAT32, 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "quantization", "kv_cache_dtype"),
+    [
+        ("--quantization fp8: .* compute capability 8.9 .* 8.0; take int4", "fp8", "fp8"),
+        ("--kv-cache-dtype fp8: .* compute capability 8.9 .* 8.0; leave it out", "int4", "fp8"),
+    ],
+)
+def test_a_gpu_without_e4m3_is_not_asked_for_it(
+    monkeypatch: pytest.MonkeyPatch, option: str, quantization: str, kv_cache_dtype: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(BackendError, match=option):
+        choose_backend("auto", "auto", "cuda", DType.BFLOAT16, 1, quantization, kv_cache_dtype)
 
 
 @pytest.mark.usefixtures("no_compiler")

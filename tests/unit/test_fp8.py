@@ -14,7 +14,7 @@ from server.engine.dtype import DType
 from server.engine.memory import weight_bytes
 from server.engine.models.config import expected_weights
 from server.engine.models.config_reader import read_hf
-from tests.parity.harness import CONFIGS, Engine, checkpoint, load_model, our_model, prompt, request
+from tests.parity.harness import CONFIGS
 
 CPU = torch.device("cpu")
 
@@ -82,15 +82,6 @@ def test_the_account_of_weights_is_true() -> None:
             assert isinstance(matrix, fp8.Fp8Matrix)
             size += matrix.codes.nbytes + matrix.scales.nbytes
     assert weight_bytes(config, 2, "fp8") == size
-
-
-def test_an_engine_in_8_bits_generates() -> None:
-    model = load_model(
-        read_hf(CONFIGS["gemma1"]), ReferenceBackend(CPU, DType.FLOAT32, "fp8"), checkpoint("gemma1")
-    )
-    one = request(prompt(9), request_id="r", max_tokens=8)
-    assert len(Engine(model).generate([one])[0]) == 8
-    assert len(Engine(our_model("gemma1")).generate([one])[0]) == 8
 
 
 def test_the_native_kernels_do_not_have_it() -> None:

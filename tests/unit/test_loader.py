@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from server.engine.backend.reference import ReferenceBackend
 from server.engine.dtype import DType
 from server.engine.models.config import expected_weights
 from server.engine.models.config_reader import read_hf
 from server.engine.models.loader import LoadError, open_checkpoint
 from server.engine.models.safetensors_dir import read_config
+from server.engine.models.weights import open_weights
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 48,
@@ -160,6 +162,16 @@ def test_a_quantised_gguf_file_is_decoded(tmp_path: Path, kind: str) -> None:
     assert loaded.keys() == weights.keys()
     for name, tensor in weights.items():
         assert torch.allclose(loaded[name].float(), tensor.float(), atol=0.03), name
+
+
+def test_a_gguf_file_in_4_bits_stays_in_4_bits(tmp_path: Path) -> None:
+    weights = random_weights("gemma3_text")
+    write_gguf(tmp_path / "m.gguf", "gemma3", gguf_tensors("gemma3", weights), "Q4_0")
+    backend: Any = ReferenceBackend(torch.device("cpu"), DType.BFLOAT16, "int4")
+    prepared = open_weights(tmp_path / "m.gguf", backend, "cpu", use_cache=False).load(lambda _: None)
+    name = "layers.1.self_attn.o_proj.weight"  # whose width is that of blocks
+    expected = load(tmp_path / "m.gguf", DType.BFLOAT16)[name].float()
+    torch.testing.assert_close(prepared[name].dequantize(), expected, rtol=2**-7, atol=0)
 
 
 def test_a_gguf_file_with_an_output_layer_of_its_own_is_refused(tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ def choose_backend(
 ) -> AnyBackend:
     """name: auto, native, triton or reference. cpu_isa: auto or one of the native back end's levels.
 
-    quantization: of the weight matrices, none, int8 or fp8. kv_cache_dtype: auto or fp8. auto is native on a
-    CPU and triton on a GPU, where they work. Raises BackendError where what is asked for by name cannot be.
+    quantization: of the weight matrices, none, int8, fp8 or int4. kv_cache_dtype: auto or fp8. auto is
+    native on a CPU and triton on a GPU, where they work. Raises BackendError where what is asked for by name
+    cannot be.
     """
     if name == "reference":
         return _reference(device, dtype, num_threads, quantization, kv_cache_dtype)
@@ -44,10 +45,10 @@ def choose_backend(
 def _on_cpu(
     name: str, cpu_isa: str, dtype: DType, num_threads: int, quantization: str, kv_cache_dtype: str
 ) -> AnyBackend:
-    if quantization == "fp8":
+    if quantization in ("fp8", "int4"):
         raise BackendError(
-            "--quantization fp8: the native CPU kernels do not have it; take int8, or --backend reference, "
-            "which is much slower"
+            f"--quantization {quantization}: the native CPU kernels do not have it; take int8, or --backend "
+            "reference, which is much slower"
         )
     if kv_cache_dtype != "auto":
         raise BackendError(
@@ -69,8 +70,9 @@ def _on_cpu(
 def _on_gpu(name: str, device: str, dtype: DType, quantization: str, kv_cache_dtype: str) -> AnyBackend:
     if quantization == "int8":
         if name == "triton":
-            raise BackendError("--backend triton: it does not have --quantization int8; take fp8")
+            raise BackendError("--backend triton: it does not have --quantization int8; take fp8 or int4")
         return _reference(device, dtype, 1, quantization, kv_cache_dtype)
+    _check_e4m3(device, quantization, kv_cache_dtype)
     try:
         import torch
 
@@ -84,6 +86,25 @@ def _on_gpu(name: str, device: str, dtype: DType, quantization: str, kv_cache_dt
         logger.warning("no Triton kernels, so steps take many times as long: %s", error)
         return _reference(device, dtype, 1, quantization, kv_cache_dtype)
     return TritonBackend(torch.device(device), dtype, kv_cache_dtype, quantization)
+
+
+def _check_e4m3(device: str, quantization: str, kv_cache_dtype: str) -> None:
+    """Raises BackendError if a GPU is asked for e4m3 numbers and has no instructions for them."""
+    if "fp8" not in (quantization, kv_cache_dtype):
+        return
+    import torch
+
+    if not torch.cuda.is_available() or (capability := torch.cuda.get_device_capability(device)) >= (8, 9):
+        return
+    asked, instead = (
+        ("--quantization fp8", "take int4")
+        if quantization == "fp8"
+        else ("--kv-cache-dtype fp8", "leave it out")
+    )
+    raise BackendError(
+        f"{asked}: it takes a GPU of compute capability 8.9 (Ada, Hopper) or later, and {device} has "
+        f"{capability[0]}.{capability[1]}; {instead}"
+    )
 
 
 def _reference(

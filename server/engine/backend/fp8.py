@@ -7,6 +7,7 @@ number is its code times its scale.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,9 @@ class Fp8Matrix:
     """[outputs] fp32"""
 
 
-def fits(weight: Tensor) -> bool:
-    """Whether kernels multiply with it in 8 bits: with all of Gemma's matrices, but not with any."""
-    return weight.shape[0] % 64 == 0 and weight.shape[1] % 64 == 0
+def fits(shape: Sequence[int]) -> bool:
+    """Whether kernels multiply with such a matrix in 8 bits: with all of Gemma's, but not with any part."""
+    return shape[0] % 64 == 0 and shape[1] % 64 == 0
 
 
 def quantize(weight: Tensor) -> Fp8Matrix:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.engine.backend import fp8, int8
+from server.engine.backend import fp8, int4, int8
 from server.engine.backend.base import AttentionLayer, Rope
 from server.engine.backend.fp8 import Fp8Matrix
+from server.engine.backend.int4 import Int4Matrix
 from server.engine.backend.int8 import QuantizedMatrix
 from server.engine.backend.memory import zeros_on_demand
 from server.engine.backend.reference_attention import (
@@ -33,7 +34,7 @@ from server.engine.models.config import KVGroupSpec
 from server.engine.sampling.sampler import Sampler
 
 Table = Tensor | QuantizedMatrix
-Matrix = Table | Fp8Matrix
+Matrix = Table | Fp8Matrix | Int4Matrix
 
 
 class ReferenceStep:
@@ -61,14 +62,15 @@ class ReferenceStep:
 
 
 class ReferenceBackend:
-    """Implements `base.Backend` with matrices as they come or in 8 bits, and norms as 1 + weight in fp32."""
+    """Implements `base.Backend` with matrices as they come or in 8 or 4 bits, and norms as 1 +
+    weight in fp32."""
 
     name = "reference"
 
     def __init__(
         self, device: torch.device, dtype: DType, quantization: str = "none", kv_cache_dtype: str = "auto"
     ) -> None:
-        """quantization: none, int8 or fp8. kv_cache_dtype: auto, which is dtype, or fp8."""
+        """quantization: none, int8, fp8 or int4. kv_cache_dtype: auto, which is dtype, or fp8."""
         self.dtype = dtype
         self._quantization = quantization
         self._device = device
@@ -78,8 +80,10 @@ class ReferenceBackend:
         self._matmul = UpcastMatmul() if UpcastMatmul.is_needed(device, self._torch_dtype) else F.linear
 
     def prepare_linear(self, weight: Tensor) -> Matrix:
-        if self._quantization == "fp8" and fp8.fits(weight):
+        if self._quantization == "fp8" and fp8.fits(weight.shape):
             return fp8.quantize(weight.to(self._device, self._torch_dtype))
+        if self._quantization == "int4" and int4.fits(weight.shape):
+            return int4.quantize(weight.to(self._device, self._torch_dtype))
         return self.prepare_embedding(weight)
 
     def prepare_embedding(self, weight: Tensor) -> Table:
@@ -125,6 +129,8 @@ class ReferenceBackend:
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
         if isinstance(weight, Fp8Matrix):
             return fp8.multiply(x, weight)
+        if isinstance(weight, Int4Matrix):
+            return int4.multiply(x, weight)
         return int8.multiply(x, weight) if isinstance(weight, QuantizedMatrix) else self._matmul(x, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,14 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.engine.backend import fp8
+from server.engine.backend import fp8, int4
 from server.engine.backend.base import AttentionLayer, Rope
 from server.engine.backend.fp8 import Fp8Matrix
+from server.engine.backend.int4 import Int4Matrix
 from server.engine.backend.reference import rope_frequencies
 from server.engine.backend.reference_attention import KVCache, kv_bytes
 from server.engine.backend.triton import pointwise
 from server.engine.backend.triton.attention import PagedAttention
 from server.engine.backend.triton.fp8_linear import Fp8Linear
+from server.engine.backend.triton.int4_linear import Int4Linear
 from server.engine.backend.triton.rotary import apply_rotary
 from server.engine.backend.triton.sampling import DeviceSampler
 from server.engine.device_step.cuda import CudaQueue
@@ -31,9 +33,11 @@ from server.engine.inputs import ModelInputs
 from server.engine.models.config import KVGroupSpec
 from server.engine.sampling.sampler import Sampler
 
+Matrix = Tensor | Fp8Matrix | Int4Matrix
+
 
 class TritonBackend:
-    """Implements `base.Backend`. Matrices are as they come or in e4m3, norms 1 + weight in fp32."""
+    """Implements `base.Backend`. Matrices are as they come, in e4m3 or in 4 bits, norms 1 + weight in fp32."""
 
     name = "triton"
 
@@ -41,19 +45,22 @@ class TritonBackend:
         self, device: torch.device, dtype: DType, kv_cache_dtype: str = "auto", quantization: str = "none"
     ) -> None:
         """device: a GPU, or the CPU with the interpreter. kv_cache_dtype: auto, which is dtype, or fp8.
-        quantization: none or fp8."""
+        quantization: none, fp8 or int4."""
         self.dtype = dtype
-        self._quantized = quantization == "fp8"
+        self._quantization = quantization
         self._device = device
         self._torch_dtype: torch.dtype = getattr(torch, dtype)
         self._kv_dtype = fp8.CODES if kv_cache_dtype == "fp8" else self._torch_dtype
         self._attention = PagedAttention.on(device)
         self._fp8_linear = Fp8Linear(self._attention.num_multiprocessors)
+        self._int4_linear = Int4Linear(self._attention.num_multiprocessors)
         self._frequencies: dict[Rope, Tensor] = {}
 
-    def prepare_linear(self, weight: Tensor) -> Tensor | Fp8Matrix:
+    def prepare_linear(self, weight: Tensor) -> Matrix:
         weight = self.prepare_embedding(weight)
-        return fp8.quantize(weight) if self._quantized and fp8.fits(weight) else weight
+        if self._quantization == "fp8" and fp8.fits(weight.shape):
+            return fp8.quantize(weight)
+        return int4.quantize(weight) if self._quantization == "int4" and int4.fits(weight.shape) else weight
 
     def prepare_embedding(self, weight: Tensor) -> Tensor:
         return weight.to(self._device, self._torch_dtype)
@@ -97,8 +104,10 @@ class TritonBackend:
     def embed(self, table: Tensor, scale: float, step: DeviceInputs) -> Tensor:
         return pointwise.embed(table, step.token_ids, scale)
 
-    def linear(self, x: Tensor, weight: Tensor | Fp8Matrix) -> Tensor:
-        return self._fp8_linear(x, weight) if isinstance(weight, Fp8Matrix) else F.linear(x, weight)
+    def linear(self, x: Tensor, weight: Matrix) -> Tensor:
+        if isinstance(weight, Fp8Matrix):
+            return self._fp8_linear(x, weight)
+        return self._int4_linear(x, weight) if isinstance(weight, Int4Matrix) else F.linear(x, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return pointwise.rms_norm(x, weight, eps)

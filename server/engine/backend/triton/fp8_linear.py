@@ -18,10 +18,9 @@ from torch import Tensor
 
 from server.engine.backend.fp8 import CODES, Fp8Matrix
 from server.engine.backend.triton.e4m3 import scale_of
-from server.engine.backend.triton.parts import num_parts
+from server.engine.backend.triton.parts import add_up, num_parts
 
 _FEW_ROWS = 32
-_COLUMNS_ADDED = 512
 
 
 @triton.jit
@@ -93,20 +92,6 @@ def multiply_codes(
         tl.store(out + place, (product * x_scale * weight_scale).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_parts"])
-def add_parts(parts, x_scales, weight_scales, out, num_rows, out_width, num_parts, BLOCK: tl.constexpr):
-    """Adds up what `multiply_codes` left, and scales it. Grid: (num_rows, blocks of columns)."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < out_width
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in range(num_parts):
-        place = (part * num_rows + row) * out_width + column
-        total += tl.load(parts + place, mask=inside, other=0.0)
-    scale = tl.load(x_scales + row) * tl.load(weight_scales + column, mask=inside, other=0.0)
-    tl.store(out + row * out_width + column, (total * scale).to(out.dtype.element_ty), mask=inside)
-
-
 class Launch(NamedTuple):
     """How `multiply_codes` is cut up."""
 
@@ -159,17 +144,7 @@ class Fp8Linear:
             num_stages=launch.num_stages,
         )
         if is_split:
-            add_parts[(num_rows, triton.cdiv(out_width, _COLUMNS_ADDED))](
-                target,
-                scales,
-                weight.scales,
-                out,
-                num_rows,
-                out_width,
-                launch.parts,
-                BLOCK=_COLUMNS_ADDED,
-                num_warps=4,
-            )
+            add_up(target, out, scales, weight.scales)
         return out
 
     def plan(self, num_rows: int, out_width: int, width: int) -> Launch:

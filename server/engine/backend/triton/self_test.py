@@ -57,9 +57,9 @@ def _results(backend: Any, device: torch.device) -> Iterator[tuple[str, Tensor]]
     yield "rms_norm", backend.rms_norm(x, norm, _EPS)
     yield "add_rms_norm", backend.add_rms_norm(x.clone(), update, norm, _EPS)[1]
     yield "geglu", backend.geglu(x)
-    matrix = backend.prepare_linear(normal(128, 512, seed=10) / 512**0.5)
-    for num_rows in (3, 70):
-        yield f"linear of {num_rows} rows", backend.linear(normal(num_rows, 512, seed=11), matrix)
+    for num_rows, width in ((3, 2048), (70, 512)):  # in parts, and at once
+        matrix = backend.prepare_linear(normal(128, width, seed=10) / width**0.5)
+        yield f"linear of {num_rows} rows", backend.linear(normal(num_rows, width, seed=11), matrix)
 
     head_norm = backend.prepare_norm(0.1 * normal(_SPEC.head_dim, seed=4))
     layer = AttentionLayer(_SPEC, Rope(_SPEC.head_dim, 1e4, 1.0), 0, head_norm, head_norm, _EPS)
