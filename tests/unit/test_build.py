@@ -16,6 +16,7 @@ from server.engine.build import StartError, build_engine
 from server.engine.models.config import expected_weights
 from server.engine.models.config_reader import read_hf
 from server.engine.types import EngineConfig, EngineInfo, FinishReason, GenerateRequest, SamplingParams
+from tests.cores import generated
 
 CONFIG = {
     "model_type": "gemma3_text",
@@ -84,24 +85,14 @@ def test_weights_in_8_bits_take_less_and_generate(model_path: str, backend: str)
     assert info.weight_bytes == sum(
         shape[0] * shape[1] + 4 * shape[0] if len(shape) == 2 else 4 * shape[0] for shape in shapes
     )
-    params = SamplingParams(max_tokens=5, seed=0, temperature=0.0)
-    core.add(GenerateRequest(request_id="r", prompt_token_ids=[2, 3, 4], params=params))
-    tokens = []
-    while core.has_work():
-        tokens += [token for output in core.step().outputs for token in output.token_ids]
-    assert len(tokens) == 5
+    assert len(generated(core, [2, 3, 4], max_tokens=5, seed=0, temperature=0.0)) == 5
 
 
 def test_suppressed_ids_are_never_sampled(model_path: str) -> None:
     only = 7
     suppressed = tuple(token_id for token_id in range(40) if token_id != only)
     core, _ = build_engine(config(model_path, suppress_token_ids=suppressed), lambda *_: None)
-    params = SamplingParams(max_tokens=9, seed=0, temperature=2.0)
-    core.add(GenerateRequest(request_id="r", prompt_token_ids=[2], params=params))
-    tokens = []
-    while core.has_work():
-        tokens += [token for output in core.step().outputs for token in output.token_ids]
-    assert tokens == [only] * 9
+    assert generated(core, [2], max_tokens=9, seed=0, temperature=2.0) == [only] * 9
 
 
 def test_limits_that_are_given_are_kept(model_path: str) -> None:

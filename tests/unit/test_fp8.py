@@ -8,13 +8,8 @@ import pytest
 import torch
 
 from server.engine.backend import fp8
-from server.engine.backend.choose import BackendError, choose_backend
 from server.engine.backend.reference import ReferenceBackend
 from server.engine.dtype import DType
-from server.engine.memory import weight_bytes
-from server.engine.models.config import expected_weights
-from server.engine.models.config_reader import read_hf
-from tests.parity.harness import CONFIGS
 
 CPU = torch.device("cpu")
 
@@ -57,33 +52,8 @@ def test_what_is_not_finite_stays_so() -> None:
     assert result[1].isnan().all()
 
 
-WIDE = CONFIGS["gemma1"] | {"hidden_size": 64, "intermediate_size": 128}
-
-
 def test_matrices_are_in_8_bits_and_the_embedding_is_not() -> None:
     backend = ReferenceBackend(CPU, DType.BFLOAT16, "fp8")
     assert isinstance(backend.prepare_linear(torch.ones(64, 128)), fp8.Fp8Matrix)
     assert isinstance(backend.prepare_linear(torch.ones(67, 32)), torch.Tensor), "which no kernel multiplies"
     assert isinstance(backend.prepare_embedding(torch.ones(64, 128)), torch.Tensor)
-
-
-def test_the_account_of_weights_is_true() -> None:
-    config = read_hf(WIDE | {"head_dim": 64})
-    backend = ReferenceBackend(CPU, DType.BFLOAT16, "fp8")
-    size = 0
-    for name, shape in expected_weights(config).items():
-        tensor = torch.ones(shape)
-        if name.endswith("norm.weight"):
-            size += 4 * shape[0]
-        elif name == "embed_tokens.weight":
-            size += backend.prepare_embedding(tensor).nbytes
-        else:
-            matrix = backend.prepare_linear(tensor)
-            assert isinstance(matrix, fp8.Fp8Matrix)
-            size += matrix.codes.nbytes + matrix.scales.nbytes
-    assert weight_bytes(config, 2, "fp8") == size
-
-
-def test_the_native_kernels_do_not_have_it() -> None:
-    with pytest.raises(BackendError, match="--quantization fp8: the native CPU kernels do not have it"):
-        choose_backend("auto", "auto", "cpu", DType.BFLOAT16, 1, "fp8")

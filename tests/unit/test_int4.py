@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
-import msgspec
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from server.engine.backend import int4
-from server.engine.backend.choose import BackendError, choose_backend
 from server.engine.backend.int4 import Int4Matrix
 from server.engine.backend.reference import ReferenceBackend
-from server.engine.build import StartError, build_engine
 from server.engine.dtype import DType
-from server.engine.memory import weight_bytes
-from server.engine.models.config import expected_weights
-from server.engine.models.config_reader import read_hf
-from server.engine.types import EngineConfig, GenerateRequest, SamplingParams
-from tests.parity.harness import WIDE
 
 CPU = torch.device("cpu")
 
@@ -102,47 +91,3 @@ def test_matrices_are_in_4_bits_and_the_embedding_is_not() -> None:
     assert isinstance(backend.prepare_linear(torch.ones(64, 128)), Int4Matrix)
     assert isinstance(backend.prepare_linear(torch.ones(64, 192)), torch.Tensor), "which no kernel multiplies"
     assert isinstance(backend.prepare_embedding(torch.ones(64, 128)), torch.Tensor)
-
-
-@pytest.mark.parametrize("mlp_width", [256, 192])
-def test_the_account_of_weights_is_true(mlp_width: int) -> None:
-    config = read_hf(WIDE | {"intermediate_size": mlp_width})
-    backend = ReferenceBackend(CPU, DType.BFLOAT16, "int4")
-    size = 0
-    for name, shape in expected_weights(config).items():
-        tensor = torch.ones(shape)
-        if name.endswith("norm.weight"):
-            size += 4 * shape[0]
-        elif name == "embed_tokens.weight":
-            size += backend.prepare_embedding(tensor).nbytes
-        else:
-            matrix = backend.prepare_linear(tensor)
-            assert isinstance(matrix, Int4Matrix) == (shape[1] % 128 == 0)
-            parts = (matrix.codes, matrix.scaling) if isinstance(matrix, Int4Matrix) else (matrix,)
-            size += sum(part.nbytes for part in parts)
-    assert weight_bytes(config, 2, "int4") == size
-
-
-def test_the_native_kernels_do_not_have_it() -> None:
-    for name in ("auto", "native"):
-        with pytest.raises(BackendError, match="--quantization int4: the native CPU kernels do not have it"):
-            choose_backend(name, "auto", "cpu", DType.BFLOAT16, 1, "int4")
-
-
-def test_a_cpu_has_it_with_the_reference_back_end(tmp_path: Path) -> None:
-    config = read_hf(WIDE)
-    (tmp_path / "config.json").write_text(json.dumps(WIDE))
-    weights = {f"model.{name}": normal(*shape).bfloat16() for name, shape in expected_weights(config).items()}
-    save_file(weights, tmp_path / "model.safetensors")
-    on_cpu = EngineConfig(model_path=str(tmp_path), device="cpu", num_threads=1, quantization="int4")
-    with pytest.raises(StartError, match="take int8, or --backend reference"):
-        build_engine(on_cpu, lambda *_: None)
-    core, info = build_engine(msgspec.structs.replace(on_cpu, backend="reference"), lambda *_: None)
-    assert (info.backend, info.quantization) == ("reference", "int4")
-    assert info.weight_bytes == weight_bytes(config, 2, "int4")
-    params = SamplingParams(max_tokens=5, seed=0, temperature=0.0)
-    core.add(GenerateRequest(request_id="r", prompt_token_ids=[2, 3, 4], params=params))
-    tokens = []
-    while core.has_work():
-        tokens += [token for output in core.step().outputs for token in output.token_ids]
-    assert len(tokens) == 5

@@ -26,6 +26,7 @@ from server.engine.backend.reference_attention import (
     paged_attention,
     plan_attention,
 )
+from server.engine.backend.rounding import rounded
 from server.engine.backend.scratch import Scratch
 from server.engine.backend.upcast import UpcastMatmul
 from server.engine.dtype import DType
@@ -62,8 +63,7 @@ class ReferenceStep:
 
 
 class ReferenceBackend:
-    """Implements `base.Backend` with matrices as they come or in 8 or 4 bits, and norms as 1 +
-    weight in fp32."""
+    """Implements `base.Backend`. Matrices are as they come or in 8 or 4 bits, norms 1 + weight in fp32."""
 
     name = "reference"
 
@@ -80,11 +80,9 @@ class ReferenceBackend:
         self._matmul = UpcastMatmul() if UpcastMatmul.is_needed(device, self._torch_dtype) else F.linear
 
     def prepare_linear(self, weight: Tensor) -> Matrix:
-        if self._quantization == "fp8" and fp8.fits(weight.shape):
-            return fp8.quantize(weight.to(self._device, self._torch_dtype))
-        if self._quantization == "int4" and int4.fits(weight.shape):
-            return int4.quantize(weight.to(self._device, self._torch_dtype))
-        return self.prepare_embedding(weight)
+        if self._quantization == "int8":
+            return self.prepare_embedding(weight)
+        return rounded(weight.to(self._device, self._torch_dtype), self._quantization)
 
     def prepare_embedding(self, weight: Tensor) -> Table:
         weight = weight.to(self._device, self._torch_dtype)

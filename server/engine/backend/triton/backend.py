@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.engine.backend import fp8, int4
+from server.engine.backend import fp8
 from server.engine.backend.base import AttentionLayer, Rope
 from server.engine.backend.fp8 import Fp8Matrix
 from server.engine.backend.int4 import Int4Matrix
 from server.engine.backend.reference import rope_frequencies
 from server.engine.backend.reference_attention import KVCache, kv_bytes
+from server.engine.backend.rounding import rounded
 from server.engine.backend.triton import pointwise
 from server.engine.backend.triton.attention import PagedAttention
 from server.engine.backend.triton.fp8_linear import Fp8Linear
@@ -57,10 +58,7 @@ class TritonBackend:
         self._frequencies: dict[Rope, Tensor] = {}
 
     def prepare_linear(self, weight: Tensor) -> Matrix:
-        weight = self.prepare_embedding(weight)
-        if self._quantization == "fp8" and fp8.fits(weight.shape):
-            return fp8.quantize(weight)
-        return int4.quantize(weight) if self._quantization == "int4" and int4.fits(weight.shape) else weight
+        return rounded(self.prepare_embedding(weight), self._quantization)
 
     def prepare_embedding(self, weight: Tensor) -> Tensor:
         return weight.to(self._device, self._torch_dtype)
